@@ -1,0 +1,109 @@
+"""The autoencoder: flux ↔ latent, every decode solenoidal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from latentphys.autoencoders.decoder import Decoder
+from latentphys.autoencoders.encoder import Encoder
+from latentphys.autoencoders.helmholtz import Head, ProjectionHead
+from latentphys.autoencoders.layers import geometry_features
+from latentphys.autoencoders.normaliser import FamilyScale
+from latentphys.grid import Geometry, Grid
+
+
+class Autoencoder(nn.Module):
+    """Compresses fluxes of several families into one latent space.
+
+    Args:
+        scales: family → its mean profile and velocity scale.
+        latent_channels: channels C of a latent.
+        widths, num_blocks, stem: see `Encoder`; ``stem · 2^(levels − 1)`` cells per axis become one latent cell.
+        head: the Helmholtz head. Default: `ProjectionHead`.
+        latent_noise: standard deviation of the noise added to latents while training, so that near latents decode alike.
+
+    Raises:
+        ValueError: levels that do not fit together.
+    """
+
+    def __init__(
+        self,
+        scales: Mapping[str, FamilyScale],
+        latent_channels: int,
+        widths: Sequence[int],
+        num_blocks: Sequence[int],
+        stem: int = 2,
+        head: Head | None = None,
+        latent_noise: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if len(widths) != len(num_blocks) or not widths:
+            raise ValueError(f"Expected as many widths as num_blocks, got {list(widths)} and {list(num_blocks)}.")
+        if any(width % 8 for width in widths):
+            raise ValueError(f"Expected widths that are multiples of 8, got {list(widths)}.")
+        self.scales = dict(scales)
+        self.latent_channels, self.latent_noise = latent_channels, latent_noise
+        self.compression = stem * 2 ** (len(widths) - 1)
+        self.head = head or ProjectionHead()
+        self.encoder = Encoder(3, latent_channels, widths, num_blocks, stem)
+        self.decoder = Decoder(self.head.num_channels, latent_channels, widths, num_blocks, stem)
+
+    def latent_shape(self, grid: Grid) -> tuple[int, int, int]:
+        """Latent cells per axis.
+
+        Raises:
+            ValueError: a grid that the compression does not divide.
+        """
+        if any(n % self.compression for n in grid.shape):
+            raise ValueError(
+                f"Expected a grid divisible by the compression of {self.compression} per axis, got {grid.shape}; "
+                f"choose multiples of {self.compression}."
+            )
+        x, y, z = (n // self.compression for n in grid.shape)
+        return x, y, z
+
+    def scale(self, family: str) -> FamilyScale:
+        """Mean profile and velocity scale of a family.
+
+        Raises:
+            ValueError: a family that the model was not trained on.
+        """
+        if family not in self.scales:
+            raise ValueError(f"Expected a family of {sorted(self.scales)}, got {family!r}; this model knows no other.")
+        return self.scales[family]
+
+    def encode(
+        self, flux: Float[Tensor, "b 3 nx ny nz"], geometry: Geometry, family: str
+    ) -> Float[Tensor, "b c x y z"]:
+        """The latent of a flux [m³/s]."""
+        self.latent_shape(geometry.grid)
+        u = self.scale(family).normalise(flux, geometry.grid).float()
+        features = geometry_features(geometry).to(u.device)
+        return self.encoder(geometry.mask(u), features, geometry.grid.periodic)
+
+    def decode(
+        self, latent: Float[Tensor, "b c x y z"], geometry: Geometry, family: str, exact: bool = False
+    ) -> Float[Tensor, "b 3 nx ny nz"]:
+        """The solenoidal flux [m³/s] of any latent.
+
+        Args:
+            exact: FP64 with a net flux of 0.0 in every cell, bit for bit; not differentiable. Default: FP32.
+        """
+        expected = (self.latent_channels, *self.latent_shape(geometry.grid))
+        if tuple(latent.shape[1:]) != expected:
+            raise ValueError(f"Expected latents of shape (b, {str(expected)[1:-1]}), got {tuple(latent.shape)}.")
+        features = geometry_features(geometry).to(latent.device)
+        raw = self.decoder(latent.float(), features, geometry.grid.periodic)
+        finish = self.head.exact if exact else self.head
+        return finish(raw, geometry, self.scale(family))
+
+    def forward(self, flux: Float[Tensor, "b 3 nx ny nz"], geometry: Geometry, family: str) -> Tensor:
+        """Decode of encode, with latent noise in training."""
+        latent = self.encode(flux, geometry, family)
+        if self.training and self.latent_noise:
+            latent = latent + self.latent_noise * torch.randn_like(latent)
+        return self.decode(latent, geometry, family)

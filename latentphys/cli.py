@@ -1,0 +1,312 @@
+"""The command ``latentphys``: one verb for each station of the road from simulation to report.
+
+Exit status: 0 done, 1 a check failed, 2 bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+def simulate(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from latentphys.configuration import compose
+    from latentphys.families import simulate as run
+    from latentphys.progress import progress_bar
+    from latentphys.training.models import build
+
+    config = compose("simulate", arguments.overrides)
+    family = build(config["family"])
+    out = Path(config["out"] or f"{family.name}.zarr")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config["device"] == "auto" else config["device"]
+    total = config["trajectories"] * config["frames"]
+    with progress_bar() as bar:
+        line = bar.add_task(f"simulate {family.name}", total=total)
+        run(
+            family,
+            out,
+            shape=config["grid"]["shape"],
+            num_trajectories=config["trajectories"],
+            num_frames=config["frames"],
+            seed=config["seed"],
+            batch_size=config["batch_size"],
+            device=device,
+            compiled=_should_compile(config),
+            overwrite=config["overwrite"],
+            provenance={"config": config},
+            progress=lambda n: bar.advance(line, n),
+        )
+    print(out)
+    return DONE
+
+
+def _should_compile(config: dict[str, Any]) -> bool:
+    """Whether to fuse the solver: as configured, or where it pays and there is a compiler."""
+    import math
+    import shutil
+    import sysconfig
+
+    if config["compile"] != "auto":
+        return bool(config["compile"])
+    cells = config["trajectories"] * config["frames"] * math.prod(config["grid"]["shape"])
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    return cells > 4_000_000 and shutil.which("g++") is not None and headers.is_file()
+
+
+def train(arguments: argparse.Namespace) -> int:
+    from latentphys.configuration import compose
+    from latentphys.training import train_autoencoder, train_dynamics
+
+    overrides = [f"trainer={arguments.model}", *arguments.overrides]
+    config = compose("train", overrides)
+    print((train_autoencoder if arguments.model == "autoencoder" else train_dynamics)(config))
+    return DONE
+
+
+def encode(arguments: argparse.Namespace) -> int:
+    from latentphys.data import open_store
+    from latentphys.progress import progress_bar
+    from latentphys.training import encode_store, load_autoencoder
+
+    autoencoder, store = load_autoencoder(arguments.checkpoint), open_store(arguments.store)
+    with progress_bar() as bar:
+        line = bar.add_task(f"encode {store.family}", total=len(store) * store.num_times)
+        encode_store(
+            autoencoder,
+            store,
+            arguments.out,
+            checkpoint=arguments.checkpoint,
+            overwrite=arguments.overwrite,
+            progress=lambda n: bar.advance(line, n),
+        )
+    print(arguments.out)
+    return DONE
+
+
+def rollout(arguments: argparse.Namespace) -> int:
+    from latentphys.data import open_store, split
+    from latentphys.progress import progress_bar
+    from latentphys.rollout import rollout_store
+    from latentphys.training import load_dynamics, open_checkpoint
+
+    dynamics, autoencoder = load_dynamics(arguments.checkpoint)
+    store = open_store(arguments.store)
+    trajectories = arguments.trajectories or split(len(store), arguments.held_out)[1]
+    with progress_bar() as bar:
+        line = bar.add_task(f"rollout {store.family}", total=len(trajectories) * (arguments.steps + 1))
+        rollout_store(
+            autoencoder,
+            dynamics,
+            store,
+            arguments.out,
+            num_steps=arguments.steps,
+            trajectories=trajectories,
+            start=arguments.start,
+            checkpoint=str(open_checkpoint(arguments.checkpoint).path),
+            overwrite=arguments.overwrite,
+            progress=lambda n: bar.advance(line, n),
+        )
+    print(arguments.out)
+    return DONE
+
+
+def validate(arguments: argparse.Namespace) -> int:
+    from latentphys.data import open_store
+    from latentphys.progress import progress_bar
+    from latentphys.training import load_autoencoder, load_dynamics, open_checkpoint
+    from latentphys.validators import exit_status, write_report
+    from latentphys.validators import validate as run
+    from latentphys.views import render as draw
+
+    references = arguments.reference or [None] * len(arguments.stores)
+    if len(references) != len(arguments.stores):
+        raise ValueError(f"Expected one --reference per store, got {len(references)} for {len(arguments.stores)} stores.")
+    reconstruct: Callable[[Any], Any] | None = None
+    if arguments.checkpoint:
+        is_dynamics = open_checkpoint(arguments.checkpoint).kind == "dynamics"
+        load = (lambda path: load_dynamics(path)[1]) if is_dynamics else load_autoencoder
+        reconstruct = _reconstruction(load(arguments.checkpoint))
+    pairs = [(open_store(s), None if r is None else open_store(r)) for s, r in zip(arguments.stores, references, strict=True)]
+    validations, pictures = [], []
+    with progress_bar() as bar:
+        for store, reference in pairs:
+            line = bar.add_task(f"validate {store.family}", total=len(store) * store.num_times)
+            validations.append(run(store, reference, reconstruct, lambda done, total, line=line: bar.update(line, completed=done)))
+        if arguments.pictures:
+            line = bar.add_task("render", total=len(pairs))
+            for store, reference in pairs:
+                pictures += draw(store, Path(arguments.out) / "pictures", reference)
+                bar.advance(line)
+    provenance = {"stores": [str(s.path) for s, _ in pairs], "checkpoint": arguments.checkpoint or "none"}
+    report = write_report(validations, arguments.out, pictures, provenance)
+    checks = [check for validation in validations for check in validation.checks]
+    if arguments.json:
+        print((report.parent / "report.json").read_text())
+    else:
+        _print_checks(checks)
+        print(report)
+    return exit_status(checks)
+
+
+def render(arguments: argparse.Namespace) -> int:
+    from latentphys.data import open_store
+    from latentphys.views import render as draw
+
+    reference = open_store(arguments.reference) if arguments.reference else None
+    store = open_store(arguments.store)
+    pictures = draw(store, arguments.out, reference, arguments.trajectory, arguments.layer, not arguments.no_movie)
+    for picture in pictures:
+        print(picture.path)
+    return DONE
+
+
+def info(arguments: argparse.Namespace) -> int:
+    from latentphys.info import describe
+
+    description = describe(arguments.path)
+    if arguments.json:
+        print(json.dumps(description, indent=1))
+    else:
+        width = max(len(name) for name in description)
+        for name, value in description.items():
+            print(f"{name:<{width}}  {value}")
+    return DONE
+
+
+def demo(arguments: argparse.Namespace) -> int:
+    from latentphys.demo import run
+
+    return run(Path(arguments.out), arguments.size)
+
+
+def _reconstruction(autoencoder: Any) -> Callable[[Any], Any]:
+    """A state through the autoencoder, exactly conservative."""
+    import torch
+
+    @torch.no_grad()
+    def reconstruct(state: Any) -> Any:
+        latent = autoencoder.encode(state.velocity[None], state.geometry, state.family)
+        return autoencoder.decode(latent, state.geometry, state.family, exact=True)[0]
+
+    return reconstruct
+
+
+def _print_checks(checks: Sequence[Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column, justify in (("family", "left"), ("check", "left"), ("value", "right"), ("threshold", "right"), ("verdict", "left")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for c in checks:
+        threshold = "" if c.threshold is None else f"{c.criterion} {c.threshold:.4g}"
+        value = f"{c.value:.4g} {c.unit if c.unit != '1' else ''}".strip() if c.value else f"0.0 {c.unit}"
+        table.add_row(c.family, c.name, value, threshold, c.verdict)
+    Console().print(table)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        prog="latentphys",
+        description="Compress 3D flows into latents whose every decode conserves mass exactly, advance them with a sparse "
+        "mixture of experts, and prove what was done.",
+        epilog="Exit status: 0 done, 1 a check failed, 2 bad input.",
+    )
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(run: Callable[[argparse.Namespace], int], summary: str, epilog: str = "") -> argparse.ArgumentParser:
+        sub = verbs.add_parser(
+            run.__name__,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = verb(
+        simulate,
+        "make ground truth: run a family of flows and write it to a store",
+        "examples:\n  latentphys simulate family=channel size=tiny out=channel.zarr\n"
+        "  latentphys simulate family=porous grid.shape=[64,64,64] trajectories=16 out=porous.zarr",
+    )
+    sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides: family=channel|porous, "
+                     "size=tiny|small|base, grid.shape, trajectories, frames, seed, out, device, overwrite, family.…")
+
+    sub = verb(
+        train,
+        "train an autoencoder on field stores, or a dynamics model on latent stores",
+        "examples:\n  accelerate launch -m latentphys train autoencoder stores=[channel.zarr,porous.zarr] run=runs/autoencoder\n"
+        "  accelerate launch -m latentphys train dynamics stores=[channel.latent.zarr,porous.latent.zarr] run=runs/dynamics",
+    )
+    sub.add_argument("model", choices=("autoencoder", "dynamics"))
+    sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides: stores=[…], run=DIR, "
+                     "router=top1|random|dense, trainer.num_steps=…, experiment=…")
+
+    sub = verb(encode, "encode a store of fields into a store of latents")
+    sub.add_argument("checkpoint", help="an autoencoder's checkpoint or run directory")
+    sub.add_argument("store", help="a store of fields")
+    sub.add_argument("out", help="the latent store to make")
+    sub.add_argument("--overwrite", action="store_true", help="replace OUT")
+
+    sub = verb(rollout, "advance flows in latent space and write the exactly conservative decodes to a store")
+    sub.add_argument("checkpoint", help="a dynamics checkpoint or run directory")
+    sub.add_argument("store", help="the store whose flows to start from")
+    sub.add_argument("out", help="the rollout store to make")
+    sub.add_argument("--steps", type=int, default=16, help="intervals to advance (default %(default)s)")
+    sub.add_argument("--start", type=int, default=0, help="snapshot to start from (default %(default)s)")
+    sub.add_argument("--trajectories", type=int, nargs="+", help="which trajectories (default: the held-out ones)")
+    sub.add_argument("--held-out", type=_share, default=0.15, help="share or number held out (default %(default)s, as in training)")
+    sub.add_argument("--overwrite", action="store_true", help="replace OUT")
+
+    sub = verb(validate, "measure conservation, errors and statistics in FP64 and write a report")
+    sub.add_argument("stores", nargs="+", metavar="STORE", help="stores of fields or rollouts")
+    sub.add_argument("--reference", nargs="+", metavar="STORE", help="the truth of each store")
+    sub.add_argument("--checkpoint", help="report the floor of this model's autoencoder as well")
+    sub.add_argument("--out", required=True, metavar="DIR", help="where report.html, report.json and junit.xml go")
+    sub.add_argument("--pictures", action="store_true", help="draw the stores and put the pictures into the report")
+    sub.add_argument("--json", action="store_true", help="print report.json instead of a table")
+
+    sub = verb(render, "draw a store or a rollout: volume, surfaces, slices, routing, movie")
+    sub.add_argument("store", help="a store of fields or a rollout")
+    sub.add_argument("--reference", metavar="STORE", help="the truth: adds truth and error beside the rollout")
+    sub.add_argument("--out", required=True, metavar="DIR", help="where the pictures go")
+    sub.add_argument("--trajectory", type=int, default=0, help="which trajectory (default %(default)s)")
+    sub.add_argument("--layer", type=int, default=-1, help="whose routing (default: the last layer's)")
+    sub.add_argument("--no-movie", action="store_true", help="stills only")
+
+    sub = verb(info, "say what a store or a checkpoint holds")
+    sub.add_argument("path", help="a store, a checkpoint or a run directory")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+    sub = verb(demo, "the whole road, small: simulate, compress, advance, validate, render")
+    sub.add_argument("--out", default="runs/demo", metavar="DIR", help="where everything goes (default %(default)s)")
+    sub.add_argument("--size", choices=("demo", "tiny"), default="demo", help="tiny: minutes less, figures worthless")
+    return top
+
+
+def _share(text: str) -> float | int:
+    return float(text) if "." in text else int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status."""
+    arguments = parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (ValueError, FloatingPointError, FileNotFoundError) as error:
+        print(f"latentphys {arguments.verb}: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"latentphys {arguments.verb}: interrupted", file=sys.stderr)
+        return INTERRUPTED

@@ -1,0 +1,170 @@
+"""Windows of consecutive snapshots for training, drawn as a pure function of seed and step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from latentphys.data.store import Store
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Windows of one store, hence of one family and grid.
+
+    Args:
+        values: the field in FP32, ``(batch, length, [axis,] nx, ny, nz)``, in the unit of the store.
+        store: which store of the `Windows`.
+        trajectories: trajectory of each window, ``(batch,)``.
+        starts: its first snapshot, ``(batch,)``.
+    """
+
+    values: Float[Tensor, "batch length ..."]
+    store: int
+    trajectories: Int64[Tensor, " batch"]
+    starts: Int64[Tensor, " batch"]
+
+
+class Windows:
+    """All windows of ``length`` snapshots, ``stride`` apart, in some trajectories of some stores.
+
+    Args:
+        stores: one per family; every store is drawn from equally often, however large it is.
+        field: the field to read.
+        length: snapshots per window, ≥ 1.
+        stride: distance of neighbouring snapshots in a window, in snapshots of the store. Default 1.
+        trajectories: per store the trajectories to draw from. Default: all.
+        cache: hold these trajectories in memory in FP32, read once here. Default: read each window when it is drawn.
+
+    Raises:
+        ValueError: no stores, a store without the field or the trajectories, or trajectories shorter than a window.
+    """
+
+    def __init__(
+        self,
+        stores: Sequence[Store],
+        field: str,
+        length: int,
+        stride: int = 1,
+        trajectories: Sequence[Sequence[int]] | None = None,
+        cache: bool = False,
+    ) -> None:
+        if not stores:
+            raise ValueError("Expected at least one store, got none.")
+        if length < 1 or stride < 1:
+            raise ValueError(f"Expected length ≥ 1 and stride ≥ 1, got {length} and {stride}.")
+        self.stores, self.field, self.length, self.stride = list(stores), field, length, stride
+        if trajectories is None:
+            trajectories = [range(len(store)) for store in stores]
+        self._trajectories = [list(chosen) for chosen in trajectories]
+        if len(self._trajectories) != len(self.stores):
+            raise ValueError(f"Expected trajectories for {len(self.stores)} stores, got {len(self._trajectories)}.")
+        for store, chosen in zip(self.stores, self._trajectories, strict=True):
+            if field not in store.specs:
+                raise ValueError(f"Expected a field {field!r} in {store.path}, got {sorted(store.specs)}.")
+            if not chosen or len(set(chosen)) != len(chosen) or not set(chosen) <= set(range(len(store))):
+                raise ValueError(f"Expected different trajectories from 0 to {len(store) - 1}, got {chosen}.")
+            if self._num_starts(store) < 1:
+                span = (length - 1) * stride + 1
+                raise ValueError(
+                    f"Expected trajectories of at least {span} snapshots for windows of {length} with stride {stride}, "
+                    f"got {store.num_times} in {store.path}; choose a smaller length or stride."
+                )
+        self._cache: list[dict[int, Tensor]] = [
+            {i: store.read(field, i, slice(None)).float() for i in chosen} if cache else {}
+            for store, chosen in zip(self.stores, self._trajectories, strict=True)
+        ]
+
+    def _num_starts(self, store: Store) -> int:
+        return store.num_times - (self.length - 1) * self.stride
+
+    def num_windows(self, store: int) -> int:
+        """Number of windows in one store."""
+        return len(self._trajectories[store]) * self._num_starts(self.stores[store])
+
+    def __len__(self) -> int:
+        return sum(self.num_windows(store) for store in range(len(self.stores)))
+
+    def read(self, store: int, trajectory: int, start: int) -> Float[Tensor, "length ..."]:
+        """One window in FP32."""
+        frames = slice(start, start + (self.length - 1) * self.stride + 1, self.stride)
+        if self._cache[store]:
+            return self._cache[store][trajectory][frames]
+        return self.stores[store].read(self.field, trajectory, frames).float()
+
+    def sample(self, step: int, batch: int, seed: int, rank: int = 0, world: int = 1) -> Batch:
+        """The windows of one training step, the same whenever and wherever it is asked for.
+
+        Every ``len(stores)`` steps visit every store once, in an order shuffled anew each time. Within a store the
+        windows are drawn without replacement; an epoch ends when fewer than ``batch`` are left.
+
+        Args:
+            step: the training step, from 0.
+            batch: windows per step over all ranks.
+            seed: of the shuffling.
+            rank, world: which of how many equal slices of the batch to read. Default: all of it.
+
+        Raises:
+            ValueError: a batch that the ranks cannot share equally or that has more windows than the store.
+        """
+        if step < 0 or batch < 1 or batch % world or not 0 <= rank < world:
+            raise ValueError(
+                f"Expected step ≥ 0, a batch that is a multiple of world and rank < world, "
+                f"got step {step}, batch {batch}, world {world}, rank {rank}."
+            )
+        visit, turn = divmod(step, len(self.stores))
+        store = int(_permutation(len(self.stores), seed, 0, visit)[turn])
+        epoch, offset = self._epoch(store, visit, batch)
+        order = _permutation(self.num_windows(store), seed, 1 + store, epoch)
+        share = batch // world
+        first = offset * batch + rank * share
+        which, starts = np.divmod(order[first : first + share], self._num_starts(self.stores[store]))
+        trajectories = [self._trajectories[store][i] for i in which]
+        values = torch.stack([self.read(store, i, int(start)) for i, start in zip(trajectories, starts, strict=True)])
+        return Batch(values, store, torch.tensor(trajectories), torch.from_numpy(starts))
+
+    def _epoch(self, store: int, visit: int, batch: int) -> tuple[int, int]:
+        """Epoch of a store's ``visit``-th batch, and the number of the batch within it."""
+        batches = self.num_windows(store) // batch
+        if not batches:
+            raise ValueError(
+                f"Expected a batch of at most {self.num_windows(store)}, the windows of {self.stores[store].path}, "
+                f"got {batch}; choose a smaller batch or length."
+            )
+        return divmod(visit, batches)
+
+
+@lru_cache(maxsize=64)
+def _permutation(n: int, *seed: int) -> np.ndarray:
+    """A shuffled range(n), int64; a function of its arguments only."""
+    order = np.random.default_rng(seed).permutation(n)
+    order.setflags(write=False)
+    return order
+
+
+def split(num_trajectories: int, held_out: float | int) -> tuple[list[int], list[int]]:
+    """Divide trajectories into training and test sets: the last ones are held out.
+
+    Args:
+        num_trajectories: how many there are.
+        held_out: number of test trajectories, or, as a float below 1, their share; at least one is held out.
+
+    Returns:
+        Indices for training, indices for testing.
+
+    Raises:
+        ValueError: nothing left to train on, or nothing held out.
+    """
+    number = max(1, round(held_out * num_trajectories)) if isinstance(held_out, float) else held_out
+    if held_out <= 0 or number >= num_trajectories or (isinstance(held_out, float) and held_out >= 1):
+        raise ValueError(
+            f"Expected held_out to be a share between 0 and 1 or a number from 1 to {num_trajectories - 1}, "
+            f"got {held_out} of {num_trajectories} trajectories."
+        )
+    return list(range(num_trajectories - number)), list(range(num_trajectories - number, num_trajectories))

@@ -1,0 +1,123 @@
+"""The discrete exterior derivative on a staggered box: grad, curl, div, and what they make of a flow.
+
+All three are incidence relations with coefficients ±1 on *integrated* quantities, so no spacing appears in them:
+
+    potential (edges) [m³/s] --curl--> flux (faces) [m³/s] --div--> net flux (cells) [m³/s]
+    scalar (cells)           --grad--> difference across faces,            grad = −divᵀ
+
+``div(curl A) = 0`` holds identically: each edge enters a cell's sum twice with opposite signs. Spacings enter only
+where a flux becomes a velocity (`velocity`), by division with the face area.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from latentphys.grid import Grid
+
+
+def shift(x: Tensor, axis: int, offset: int, grid: Grid) -> Tensor:
+    """``x`` at index i + offset (offset ±1) along spatial axis 0, 1 or 2: periodic, or zero beyond a wall."""
+    dim = axis - 3
+    if grid.periodic[axis]:
+        return x.roll(-offset, dims=dim)
+    zero = torch.zeros_like(x.narrow(dim, 0, 1))
+    n = x.shape[dim]
+    if offset == 1:
+        return torch.cat([x.narrow(dim, 1, n - 1), zero], dim=dim)
+    return torch.cat([zero, x.narrow(dim, 0, n - 1)], dim=dim)
+
+
+def _check(x: Tensor, grid: Grid, components: bool) -> None:
+    expected = (3, *grid.shape) if components else grid.shape
+    if tuple(x.shape[-len(expected) :]) != expected:
+        wanted = "(…, 3, nx, ny, nz)" if components else "(…, nx, ny, nz)"
+        raise ValueError(f"Expected a field of shape {wanted} = (…, {str(expected)[1:-1]}), got {tuple(x.shape)}.")
+
+
+def _zero_low_wall(x: Tensor, axis: int, grid: Grid) -> Tensor:
+    """``x`` with zero at index 0 of a walled axis."""
+    if grid.periodic[axis]:
+        return x
+    dim = axis - 3
+    return torch.cat([torch.zeros_like(x.narrow(dim, 0, 1)), x.narrow(dim, 1, x.shape[dim] - 1)], dim=dim)
+
+
+def div(flux: Float[Tensor, "*batch 3 nx ny nz"], grid: Grid) -> Float[Tensor, "*batch nx ny nz"]:
+    """Net flux out of each cell [m³/s]: Σ_a F_a(i + e_a) − F_a(i).
+
+    The result is the cell integral of the divergence; divide by ``grid.cell_volume`` for ∇·u [1/s]. A flux through
+    the low wall counts, so that an inadmissible field shows.
+    """
+    _check(flux, grid, components=True)
+    parts = [shift(flux[..., a, :, :, :], a, 1, grid) - flux[..., a, :, :, :] for a in range(3)]
+    return parts[0] + parts[1] + parts[2]
+
+
+def grad(scalar: Float[Tensor, "*batch nx ny nz"], grid: Grid) -> Float[Tensor, "*batch 3 nx ny nz"]:
+    """Difference of a cell scalar across each low face, p(i) − p(i − e_a); zero on walls. The negative adjoint of `div`."""
+    _check(scalar, grid, components=False)
+    return torch.stack([_zero_low_wall(scalar - shift(scalar, a, -1, grid), a, grid) for a in range(3)], dim=-4)
+
+
+def curl(potential: Float[Tensor, "*batch 3 nx ny nz"], grid: Grid) -> Float[Tensor, "*batch 3 nx ny nz"]:
+    """Flux through each face from the circulation of a vector potential round it (Stokes).
+
+    ``potential`` holds ∫A·dl along each low edge [m³/s]; it counts as zero on the edges that lie in a wall, so nothing
+    flows through walls. ``div(curl(A)) = 0`` identically, in floating point to the rounding of three additions.
+    """
+    _check(potential, grid, components=True)
+    a = []
+    for component in range(3):
+        edge = potential[..., component, :, :, :]
+        for axis in range(3):
+            if axis != component:
+                edge = _zero_low_wall(edge, axis, grid)
+        a.append(edge)
+
+    def d(edge: Tensor, axis: int) -> Tensor:
+        return shift(edge, axis, 1, grid) - edge
+
+    return torch.stack([d(a[2], 1) - d(a[1], 2), d(a[0], 2) - d(a[2], 0), d(a[1], 0) - d(a[0], 1)], dim=-4)
+
+
+def velocity(flux: Float[Tensor, "*batch 3 nx ny nz"], grid: Grid) -> Float[Tensor, "*batch 3 nx ny nz"]:
+    """Normal velocity on each low face [m/s]: flux over face area."""
+    return flux / grid.per_face(grid.face_areas, flux)
+
+
+def flux_of(velocity: Float[Tensor, "*batch 3 nx ny nz"], grid: Grid) -> Float[Tensor, "*batch 3 nx ny nz"]:
+    """Flux through each low face [m³/s] from the normal velocity on it [m/s]. The inverse of `velocity`."""
+    return velocity * grid.per_face(grid.face_areas, velocity)
+
+
+def cell_velocity(flux: Float[Tensor, "*batch 3 nx ny nz"], grid: Grid) -> Float[Tensor, "*batch 3 nx ny nz"]:
+    """Velocity at cell centres [m/s], the mean of the two faces of each axis; second order. For pictures and export."""
+    u = velocity(flux, grid)
+    return torch.stack([0.5 * (u[..., a, :, :, :] + shift(u[..., a, :, :, :], a, 1, grid)) for a in range(3)], dim=-4)
+
+
+def mean_velocity(flux: Float[Tensor, "*batch 3 nx ny nz"], grid: Grid) -> Float[Tensor, "*batch 3"]:
+    """Superficial velocity [m/s]: the mean over all faces of each axis, solids included."""
+    return velocity(flux, grid).mean((-3, -2, -1))
+
+
+def kinetic_energy(flux: Float[Tensor, "*batch 3 nx ny nz"], grid: Grid) -> Float[Tensor, "*batch"]:
+    """Kinetic energy per unit mass, averaged over the box: ½⟨u·u⟩ on the faces [m²/s²]."""
+    return 0.5 * velocity(flux, grid).square().mean((-3, -2, -1)).sum(-1)
+
+
+def vorticity(flux: Float[Tensor, "*batch 3 nx ny nz"], grid: Grid) -> Float[Tensor, "*batch 3 nx ny nz"]:
+    """Vorticity on each low edge [1/s], from the face velocities around it; second order away from walls.
+
+    On the edges of a wall it is one-sided and counts the wall as at rest.
+    """
+    u = velocity(flux, grid)
+
+    def d(component: int, axis: int) -> Tensor:
+        face = u[..., component, :, :, :]
+        return (face - shift(face, axis, -1, grid)) / grid.spacing[axis]
+
+    return torch.stack([d(2, 1) - d(1, 2), d(0, 2) - d(2, 0), d(1, 0) - d(0, 1)], dim=-4)

@@ -1,0 +1,188 @@
+"""Advance flows in latent space, and write what comes out to a store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from latentphys.autoencoders import Autoencoder
+from latentphys.data import Store, create_store
+from latentphys.fields import VELOCITY
+from latentphys.grid import Geometry
+from latentphys.routers.telemetry import routing_map
+from latentphys.transformer.conditioning import latent_geometry, store_parameters
+from latentphys.transformer.dynamics import Dynamics
+
+Parameters = Mapping[str, Any]
+
+
+class Frame(NamedTuple):
+    """One frame of a rollout: its latent, and which expert took each latent cell in the step that made it."""
+
+    latent: Float[Tensor, "b c x y z"]
+    routing: Tensor | None
+
+
+class LatentStepper:
+    """A batch of flows of one family in latent space.
+
+    Args:
+        autoencoder, dynamics: the models, in evaluation mode.
+        geometry: the box and the solids of every flow.
+        family: which kind of flow.
+
+    Raises:
+        ValueError: a family or grid that the models do not know.
+    """
+
+    def __init__(self, autoencoder: Autoencoder, dynamics: Dynamics, geometry: Geometry, family: str) -> None:
+        autoencoder.scale(family).check(geometry.grid)
+        autoencoder.latent_shape(geometry.grid)
+        self.autoencoder, self.dynamics, self.geometry, self.family = autoencoder, dynamics, geometry, family
+        self.interval = dynamics.interval(family)
+        self._features = latent_geometry(geometry, autoencoder.compression)
+
+    @torch.no_grad()
+    def encode(self, flux: Float[Tensor, "b 3 nx ny nz"]) -> Float[Tensor, "b c x y z"]:
+        return self.autoencoder.encode(flux, self.geometry, self.family)
+
+    @torch.no_grad()
+    def decode(self, latent: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b 3 nx ny nz"]:
+        """FP64 flux [m³/s] with a net of 0.0 in every cell, bit for bit."""
+        return self.autoencoder.decode(latent, self.geometry, self.family, exact=True)
+
+    @torch.no_grad()
+    def step(
+        self, latents: Float[Tensor, "b k c x y z"], now: Sequence[Parameters], then: Sequence[Parameters]
+    ) -> Frame:
+        """The frame one interval after the last of K, given each flow's parameters at both ends of the interval."""
+        vector = self.dynamics.conditioning.vector
+        condition = torch.stack([vector(a, b, self.interval) for a, b in zip(now, then, strict=True)]).to(latents)
+        features = self._features.to(latents).expand(len(latents), -1, -1, -1, -1)
+        step = self.dynamics(latents, condition, features, self.geometry.grid.periodic)
+        cells = (latents.shape[-3], latents.shape[-2], latents.shape[-1])
+        return Frame(step.latent, routing_map([r.ids for r in step.routings], cells))
+
+
+def rollout(
+    stepper: LatentStepper,
+    frames: Float[Tensor, "b k 3 nx ny nz"],
+    parameters: Callable[[int], Sequence[Parameters]],
+    num_steps: int,
+) -> Iterator[Frame]:
+    """Frames 0 … num_steps; frame 0 is the encoded last of the K given ones, and every further one comes from those before.
+
+    Args:
+        frames: K snapshots of each flow [m³/s], one interval apart, oldest first.
+        parameters: each flow's parameters at frame n.
+    """
+    latents = torch.stack([stepper.encode(frame) for frame in frames.unbind(1)], dim=1)
+    yield Frame(latents[:, -1], None)
+    for n in range(num_steps):
+        frame = stepper.step(latents, parameters(n), parameters(n + 1))
+        latents = torch.cat([latents[:, 1:], frame.latent[:, None]], dim=1)
+        yield frame
+
+
+def rollout_store(
+    autoencoder: Autoencoder,
+    dynamics: Dynamics,
+    store: Store,
+    out: str | Path,
+    *,
+    num_steps: int,
+    trajectories: Sequence[int],
+    start: int = 0,
+    checkpoint: str = "",
+    overwrite: bool = False,
+    progress: Callable[[int], None] = lambda num_frames: None,
+) -> Path:
+    """Roll out trajectories of a store and write a rollout store: exactly conservative fluxes and the routing.
+
+    Args:
+        num_steps: intervals to advance.
+        trajectories: which trajectories of the store to start from.
+        start: the snapshot to start from, at least K − 1 for a model of K frames.
+        checkpoint: recorded as provenance.
+        progress: called with the number of frames written since the last call.
+
+    Raises:
+        ValueError: a store too short for the steps asked for, or one the models do not know.
+    """
+    stride = num_intervals(store, dynamics.interval(store.family))
+    first = start - (dynamics.num_frames - 1) * stride
+    if num_steps < 1 or first < 0 or start + num_steps * stride >= store.num_times:
+        raise ValueError(
+            f"Expected a start and steps within the {store.num_times} snapshots of {store.path} (their parameters drive "
+            f"the rollout), got {num_steps} steps of {stride} snapshots from snapshot {start}."
+        )
+    grid, latent_shape = store.grid, autoencoder.latent_shape(store.grid)
+    depth = len(dynamics.transformer.routers())
+    times = store.times[start : start + num_steps * stride + 1 : stride]
+    chosen = list(trajectories)
+    picked = {
+        name: values[chosen][:, start : start + num_steps * stride + 1 : stride] if values.ndim == 3 else values[chosen]
+        for name, values in store.parameters.items()
+    }
+    geometries = [store.geometry(i) for i in chosen]
+    writer = create_store(
+        out,
+        grid=grid,
+        specs={VELOCITY.name: VELOCITY},
+        family=store.family,
+        num_trajectories=len(chosen),
+        times=times,
+        parameters=picked,
+        parameter_units=store.attributes["parameter_units"],
+        solid=None if all(g.is_empty for g in geometries) else torch.stack([~g.fluid for g in geometries]),
+        provenance={"exact": True, "checkpoint": checkpoint},
+        attributes={
+            "rollout": {
+                "reference": str(store.path),
+                "trajectories": chosen,
+                "start": start,
+                "stride": stride,
+                "checkpoint": checkpoint,
+            }
+        },
+        extras={
+            "routing": (
+                (len(chosen), num_steps + 1, depth, *latent_shape),
+                "int16",
+                ("trajectory", "time", "layer", "px", "py", "pz"),
+            )
+        },
+        overwrite=overwrite,
+    )
+    with writer:
+        for n, (i, geometry) in enumerate(zip(chosen, geometries, strict=True)):
+            stepper = LatentStepper(autoencoder, dynamics, geometry, store.family)
+            initial = store.read("velocity", i, slice(first, start + 1, stride))[None]
+            run = rollout(stepper, initial, lambda t, i=i: [store_parameters(store, i, start + t * stride)], num_steps)
+            for t, frame in enumerate(run):
+                writer.write("velocity", n, t, stepper.decode(frame.latent)[0])
+                unrouted = torch.full((depth, *latent_shape), -1, dtype=torch.int16)
+                writer.write("routing", n, t, unrouted if frame.routing is None else frame.routing[0])
+                progress(1)
+    return Path(out)
+
+
+def num_intervals(store: Store, interval: float) -> int:
+    """How many snapshots of a store make one interval of a model.
+
+    Raises:
+        ValueError: snapshots whose distance does not divide the interval.
+    """
+    spacing = float(store.times[1] - store.times[0]) if store.num_times > 1 else interval
+    stride = round(interval / spacing)
+    if stride < 1 or abs(stride * spacing / interval - 1) > 1e-6:
+        raise ValueError(
+            f"Expected snapshots of {store.path} whose distance divides the model's interval of {interval:g} s, "
+            f"got {spacing:g} s."
+        )
+    return stride

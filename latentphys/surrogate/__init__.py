@@ -1,0 +1,5 @@
+"""Trained models inside a solver's time loop."""
+
+from latentphys.surrogate.stepper import Snapshot, Surrogate
+
+__all__ = ["Snapshot", "Surrogate"]

@@ -1,0 +1,143 @@
+"""Checkpoints: a folder of safetensors and JSON that appears whole or not at all, and never needs a pickle.
+
+    checkpoint.json        schema, kind, the model's configuration and everything it needs beside its weights
+    model.safetensors      weights and buffers
+    optimizer.safetensors  moments of the optimiser, and trainer.json its scalars; absent where training is over
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+SCHEMA = "latentphys.checkpoint/1"
+LAST = "last.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint folder says of itself."""
+
+    path: Path
+    kind: str
+    config: dict[str, Any]
+    extra: dict[str, Any]
+    step: int
+
+    def load_into(self, model: nn.Module) -> None:
+        """Load the weights.
+
+        Raises:
+            ValueError: missing or damaged weights, or weights of another architecture.
+        """
+        tensors = read_tensors(self.path / "model.safetensors")
+        try:
+            model.load_state_dict(tensors)
+        except RuntimeError as error:
+            first = str(error).splitlines()[-1].strip()
+            raise ValueError(f"Expected weights that fit the model described in {self.path}, got others: {first}") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; ValueError where it is missing or damaged."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise ValueError(f"Expected weights in {path}, got no such file.") from None
+    except SafetensorError as error:
+        raise ValueError(f"Expected a readable safetensors file, got {path}: {error}.") from None
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write JSON under a temporary name and rename."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(data, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def save(
+    path: Path,
+    *,
+    kind: str,
+    model: nn.Module,
+    config: Mapping[str, Any],
+    extra: Mapping[str, Any],
+    step: int,
+    optimizer: torch.optim.Optimizer | None = None,
+    parts: Callable[[Path], None] | None = None,
+) -> None:
+    """Write a checkpoint folder; it has its name only when it is complete.
+
+    Args:
+        parts: writes further things into the folder, such as the autoencoder of a dynamics model.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, temporary / "model.safetensors")
+    if optimizer is not None:
+        state = optimizer.state_dict()
+        tensors = {
+            f"{index}.{name}": value.contiguous()
+            for index, values in state["state"].items()
+            for name, value in values.items()
+            if isinstance(value, Tensor)
+        }
+        save_file(tensors, temporary / "optimizer.safetensors")
+        write_json(temporary / "trainer.json", {"param_groups": state["param_groups"]})
+    if parts is not None:
+        parts(temporary)
+    write_json(
+        temporary / "checkpoint.json",
+        {"schema": SCHEMA, "kind": kind, "step": step, "config": dict(config), "extra": dict(extra)},
+    )
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(temporary, path)
+
+
+def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Load the optimiser's moments that `save` wrote."""
+    tensors = read_tensors(path / "optimizer.safetensors")
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    groups = json.loads((path / "trainer.json").read_text())["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def open_checkpoint(path: str | Path, kind: str | None = None) -> Checkpoint:
+    """Find and read a checkpoint, given its folder or the folder of the run that made it.
+
+    Args:
+        kind: ``autoencoder`` or ``dynamics``, where only that will do.
+
+    Raises:
+        ValueError: no checkpoint there, one of another schema, or one of another kind.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        raise ValueError(f"Expected a checkpoint or a run directory, got {folder}, which does not exist.")
+    if (folder / LAST).is_file():
+        folder = folder / json.loads((folder / LAST).read_text())["checkpoint"]
+    file = folder / "checkpoint.json"
+    try:
+        data = json.loads(file.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        raise ValueError(f"Expected a checkpoint or a run directory, got {path}, without a readable {file.name}.") from None
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        schema = data.get("schema") if isinstance(data, dict) else None
+        raise ValueError(f"Expected a checkpoint of schema {SCHEMA!r}, got {schema!r} in {file}; this version reads no other.")
+    if kind is not None and data["kind"] != kind:
+        raise ValueError(f"Expected a checkpoint of kind {kind!r}, got one of kind {data['kind']!r} in {folder}.")
+    return Checkpoint(folder, data["kind"], data["config"], data["extra"], data["step"])

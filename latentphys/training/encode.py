@@ -1,0 +1,60 @@
+"""Encode a store of fields into a store of latents, which dynamics training reads instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from latentphys.autoencoders import Autoencoder
+from latentphys.data import Store, create_store
+from latentphys.fields import FieldSpec
+from latentphys.grid import Geometry, Grid
+
+LATENT = FieldSpec("latent", "vector", "1")
+
+
+@torch.no_grad()
+def encode_store(
+    autoencoder: Autoencoder,
+    store: Store,
+    out: str | Path,
+    *,
+    checkpoint: str,
+    batch_size: int = 16,
+    overwrite: bool = False,
+    progress: Callable[[int], None] = lambda num_frames: None,
+) -> Path:
+    """Write the latents of every snapshot of a store.
+
+    The latent store names its source and the checkpoint in its attributes; geometry and parameters stay with the source.
+
+    Raises:
+        ValueError: a store that the autoencoder cannot take, or an existing path without `overwrite`.
+    """
+    autoencoder.scale(store.family).check(store.grid)
+    shape = autoencoder.latent_shape(store.grid)
+    sx, sy, sz = (h * autoencoder.compression for h in store.grid.spacing)
+    writer = create_store(
+        out,
+        grid=Grid(shape, (sx, sy, sz), store.grid.boundaries),
+        specs={LATENT.name: LATENT},
+        family=store.family,
+        num_trajectories=len(store),
+        times=store.times,
+        dtype="float32",
+        layout="latent",
+        channels=autoencoder.latent_channels,
+        attributes={"source": str(store.path.resolve()), "checkpoint": str(Path(checkpoint).resolve())},
+        overwrite=overwrite,
+    )
+    with writer:
+        for i in range(len(store)):
+            geometry: Geometry = store.geometry(i)
+            for start in range(0, store.num_times, batch_size):
+                frames = slice(start, min(start + batch_size, store.num_times))
+                latent = autoencoder.encode(store.read("velocity", i, frames), geometry, store.family)
+                writer.write("latent", i, frames, latent)
+                progress(len(latent))
+    return Path(out)

@@ -1,0 +1,94 @@
+"""Build models from their configuration and stores, and from checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from latentphys.autoencoders import Autoencoder, FamilyScale
+from latentphys.data import Store
+from latentphys.training.checkpoint import open_checkpoint
+from latentphys.transformer.conditioning import NUM_GEOMETRY_CHANNELS, Conditioning
+from latentphys.transformer.dynamics import Dynamics
+
+Config = Mapping[str, Any]
+
+
+def build(config: Config, **arguments: Any) -> Any:
+    """Instantiate a configuration that names its class with ``_target_``; further arguments reach it as they are.
+
+    Raises:
+        ValueError: arguments that the class refuses.
+    """
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    try:
+        return instantiate({**config, "_partial_": True, "_convert_": "all"})(**arguments)
+    except InstantiationException as error:
+        raise ValueError(f"Expected settings that {config.get('_target_')} takes: {' '.join(str(error).split())}") from None
+
+
+def new_autoencoder(config: Config, stores: Sequence[Store]) -> Autoencoder:
+    """An untrained autoencoder scaled to the statistics of some stores.
+
+    Raises:
+        ValueError: two stores of one family, or a grid that the compression does not divide.
+    """
+    scales = {}
+    for store in stores:
+        if store.family in scales:
+            raise ValueError(f"Expected one store per family, got two of {store.family!r}.")
+        if "velocity" not in store.specs:
+            raise ValueError(f"Expected a field 'velocity' in {store.path}, got {sorted(store.specs)}.")
+        scales[store.family] = FamilyScale.from_statistics(store.grid, store.statistics()["velocity"])
+    model: Autoencoder = build(config, scales=scales)
+    for store in stores:
+        model.latent_shape(store.grid)
+    return model
+
+
+def autoencoder_extra(model: Autoencoder) -> dict[str, Any]:
+    """What an autoencoder's checkpoint must know beside the weights."""
+    return {"scales": {family: scale.to_dict() for family, scale in model.scales.items()}}
+
+
+def load_autoencoder(path: str | Path) -> Autoencoder:
+    """An autoencoder from a checkpoint or run directory, in evaluation mode.
+
+    Raises:
+        ValueError: see `open_checkpoint`.
+    """
+    checkpoint = open_checkpoint(path, "autoencoder")
+    scales = {family: FamilyScale.from_dict(data) for family, data in checkpoint.extra["scales"].items()}
+    model: Autoencoder = build(checkpoint.config, scales=scales)
+    checkpoint.load_into(model)
+    return model.eval()
+
+
+def new_dynamics(
+    config: Config, latent_channels: int, conditioning: Conditioning, intervals: Mapping[str, float]
+) -> Dynamics:
+    """An untrained dynamics model."""
+    transformer = build(
+        config,
+        latent_channels=latent_channels,
+        condition_channels=conditioning.num_channels,
+        geometry_channels=NUM_GEOMETRY_CHANNELS,
+    )
+    return Dynamics(transformer, conditioning, intervals, latent_channels)
+
+
+def load_dynamics(path: str | Path) -> tuple[Dynamics, Autoencoder]:
+    """A dynamics model and the autoencoder whose latents it advances, in evaluation mode.
+
+    Raises:
+        ValueError: see `open_checkpoint`.
+    """
+    checkpoint = open_checkpoint(path, "dynamics")
+    extra = checkpoint.extra
+    conditioning = Conditioning.from_dict(extra["conditioning"])
+    model = new_dynamics(checkpoint.config, extra["latent_channels"], conditioning, extra["intervals"])
+    checkpoint.load_into(model)
+    return model.eval(), load_autoencoder(checkpoint.path / "autoencoder")

@@ -1,0 +1,91 @@
+"""Training runs from configurations: open the stores, build the model and the task, call the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latentphys.data import Store, Windows, open_store, split
+from latentphys.routers import BiasBalance
+from latentphys.rollout import num_intervals
+from latentphys.training.checkpoint import open_checkpoint
+from latentphys.training.models import build, load_autoencoder, new_autoencoder, new_dynamics
+from latentphys.training.tasks import AutoencoderTask, DynamicsTask
+from latentphys.training.trainer import Trainer
+from latentphys.transformer.conditioning import Conditioning
+
+Config = Mapping[str, Any]
+
+
+def train_autoencoder(config: Config) -> Path:
+    """Train an autoencoder on field stores, as ``train.yaml`` describes; returns the last checkpoint."""
+    stores = _open(config["stores"])
+    trainer: Trainer = build(config["trainer"])
+    torch.manual_seed(trainer.seed)
+    model = new_autoencoder(config["autoencoder"], stores)
+    train, test = _split(stores, config["held_out"])
+    task = AutoencoderTask(
+        model,
+        build(config["loss"]),
+        Windows(stores, "velocity", 1, trajectories=train, cache=config["cache"]),
+        Windows(stores, "velocity", 1, trajectories=test),
+        config["autoencoder"],
+    )
+    return trainer.fit(task, Path(config["run"]), config, config["resume"])
+
+
+def train_dynamics(config: Config) -> Path:
+    """Train a dynamics model on latent stores, as ``train.yaml`` describes; returns the last checkpoint."""
+    stores = _open(config["stores"])
+    for store in stores:
+        if "latent" not in store.specs:
+            raise ValueError(f"Expected a latent store, got {store.path}; make one with `latentphys encode`.")
+    checkpoints = sorted({store.attributes["checkpoint"] for store in stores})
+    if len(checkpoints) > 1:
+        raise ValueError(f"Expected latents of one autoencoder, got those of {', '.join(checkpoints)}.")
+    sources = _open([store.attributes["source"] for store in stores])
+    autoencoder = load_autoencoder(checkpoints[0])
+    trainer: Trainer = build(config["trainer"])
+    torch.manual_seed(trainer.seed)
+    settings = config["dynamics_training"]
+    train, test = _split(stores, config["held_out"])
+    conditioning = Conditioning.fit(sources)
+    intervals = {store.family: float(store.times[settings["stride"]] - store.times[0]) for store in stores}
+    dynamics = new_dynamics(config["dynamics"], autoencoder.latent_channels, conditioning, intervals)
+    dynamics.fit_scales(stores, train, settings["stride"])
+    length = dynamics.num_frames + settings["unroll"]
+    strides = {num_intervals(store, intervals[store.family]) for store in stores}
+    assert strides == {settings["stride"]}
+
+    def windows(trajectories: Sequence[Sequence[int]]) -> Windows:
+        return Windows(stores, "latent", length, settings["stride"], trajectories, cache=True)
+
+    task = DynamicsTask(
+        dynamics,
+        autoencoder,
+        windows(train),
+        windows(test),
+        sources,
+        config["dynamics"],
+        open_checkpoint(checkpoints[0], "autoencoder").config,
+        unroll=settings["unroll"],
+        input_noise=settings["input_noise"],
+        balance=BiasBalance(settings["balance_rate"]),
+        balance_loss=settings["balance_loss"],
+    )
+    return trainer.fit(task, Path(config["run"]), config, config["resume"])
+
+
+def _open(paths: Sequence[str]) -> list[Store]:
+    stores = [open_store(path) for path in ([paths] if isinstance(paths, str) else paths)]
+    if not stores:
+        raise ValueError("Expected at least one store to train on, got none.")
+    return stores
+
+
+def _split(stores: Sequence[Store], held_out: float | int) -> tuple[list[list[int]], list[list[int]]]:
+    pairs = [split(len(store), held_out) for store in stores]
+    return [train for train, _ in pairs], [test for _, test in pairs]

@@ -1,0 +1,236 @@
+"""What the trainer trains: a module whose forward gives a loss, the batches it is fed, and what is measured of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentphys.autoencoders import Autoencoder, WeightedSum
+from latentphys.data import Batch, Store, Windows
+from latentphys.grid import Geometry
+from latentphys.routers import BiasBalance, Router, Routing, expert_counts, load_loss
+from latentphys.training import checkpoint
+from latentphys.training.models import autoencoder_extra
+from latentphys.transformer.conditioning import latent_geometry, store_parameters
+from latentphys.transformer.dynamics import Dynamics
+
+
+@dataclass
+class Output:
+    """What one forward pass says: the loss, figures to log, and tokens per expert of every layer."""
+
+    loss: Tensor
+    figures: dict[str, Tensor]
+    expert_counts: list[Tensor] = field(default_factory=list)
+
+
+class Task(nn.Module, ABC):
+    """One thing to train. `forward` takes a batch and returns an `Output`; the trainer does the rest.
+
+    Attributes:
+        kind: of the checkpoints it writes.
+        train_windows, test_windows: training data, and data that training never sees.
+    """
+
+    kind: str
+    train_windows: Windows
+    test_windows: Windows
+
+    def stores(self) -> list[Store]:
+        return self.train_windows.stores
+
+    @abstractmethod
+    def save(self, path: Path, step: int, optimizer: torch.optim.Optimizer | None) -> None:
+        """Write a checkpoint folder."""
+
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """The module whose weights a checkpoint holds."""
+
+    def after_step(self, output: Output) -> None:  # noqa: B027
+        """Called once per optimiser step, in training only."""
+
+
+class AutoencoderTask(Task):
+    """Reconstruct single snapshots.
+
+    Args:
+        autoencoder: the model.
+        loss: weighted losses on fluxes.
+        config: the model's configuration, for its checkpoint.
+    """
+
+    kind = "autoencoder"
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        loss: WeightedSum,
+        train_windows: Windows,
+        test_windows: Windows,
+        config: Mapping[str, Any],
+    ) -> None:
+        super().__init__()
+        self.autoencoder, self.loss, self.config = autoencoder, loss, config
+        self.train_windows, self.test_windows = train_windows, test_windows
+
+    def forward(self, batch: Batch) -> Output:
+        store = self.stores()[batch.store]
+        flux = batch.values[:, 0]
+        geometry = Geometry.stack([_geometry(store, int(i)) for i in batch.trajectories])
+        prediction = self.autoencoder(flux, geometry, store.family)
+        loss, parts = self.loss(prediction, flux, geometry, self.autoencoder.scale(store.family))
+        return Output(loss, {f"{store.family}/{name}": value for name, value in parts.items()})
+
+    def model(self) -> nn.Module:
+        return self.autoencoder
+
+    def save(self, path: Path, step: int, optimizer: torch.optim.Optimizer | None) -> None:
+        checkpoint.save(
+            path,
+            kind=self.kind,
+            model=self.autoencoder,
+            config=self.config,
+            extra=autoencoder_extra(self.autoencoder),
+            step=step,
+            optimizer=optimizer,
+        )
+
+
+class DynamicsTask(Task):
+    """Predict the next latents from cached ones.
+
+    The loss of a family is the mean squared error of the increments in units of their spread: 1 is persistence.
+
+    Args:
+        dynamics: the model.
+        autoencoder: the model that made the latents; only copied into checkpoints.
+        sources: the field store that each latent store was encoded from, for geometry and parameters.
+        unroll: steps predicted from each window, each from the one before. Default 1.
+        input_noise: standard deviation of noise on the input latents, in units of their increments' spread.
+        balance: moves the routers' biases after every step.
+        balance_loss: weight of the auxiliary load loss. Default 0: the bias alone balances.
+        config: the model's configuration, for its checkpoint.
+    """
+
+    kind = "dynamics"
+
+    def __init__(
+        self,
+        dynamics: Dynamics,
+        autoencoder: Autoencoder,
+        train_windows: Windows,
+        test_windows: Windows,
+        sources: Sequence[Store],
+        config: Mapping[str, Any],
+        autoencoder_config: Mapping[str, Any],
+        unroll: int = 1,
+        input_noise: float = 0.0,
+        balance: BiasBalance | None = None,
+        balance_loss: float = 0.0,
+    ) -> None:
+        super().__init__()
+        expected = dynamics.num_frames + unroll
+        if train_windows.length != expected:
+            raise ValueError(
+                f"Expected windows of {expected} frames for {unroll} steps from {dynamics.num_frames}, "
+                f"got {train_windows.length}."
+            )
+        self.dynamics = dynamics
+        self._autoencoder = [autoencoder]  # in a list: not a submodule, so neither trained nor synchronised
+        self.train_windows, self.test_windows, self.sources = train_windows, test_windows, list(sources)
+        self.config, self.autoencoder_config = config, autoencoder_config
+        self.input_noise, self.balance, self.balance_loss = input_noise, balance or BiasBalance(), balance_loss
+
+    def forward(self, batch: Batch) -> Output:
+        source, family = self.sources[batch.store], self.stores()[batch.store].family
+        window, stride, k = self.train_windows, self.train_windows.stride, self.dynamics.num_frames
+        geometry = torch.cat([_latent_geometry(source, int(i), self.compression) for i in batch.trajectories])
+        frames = list(batch.values[:, :k].unbind(1))
+        if self.training and self.input_noise:
+            frames = [f + self.input_noise * self.dynamics.increment_std * torch.randn_like(f) for f in frames]
+        errors, routings = [], []
+        for n in range(window.length - k):
+            condition = self._condition(source, batch, (k - 1 + n) * stride, stride).to(frames[0])
+            step = self.dynamics(torch.stack(frames[-k:], 1), condition, geometry.to(frames[0]), source.grid.periodic)
+            frames.append(step.latent)
+            routings.append(step.routings)
+            errors.append(((step.latent - batch.values[:, k + n]) / self.dynamics.increment_std).square().mean())
+        loss = torch.stack(errors).mean()
+        figures = {f"{family}/latent_mse": loss.detach()}
+        if self.balance_loss:
+            loss = loss + self.balance_loss * torch.stack([load_loss(r) for layer in routings for r in layer]).mean()
+        return Output(loss, figures, _counts(routings))
+
+    @property
+    def compression(self) -> int:
+        return self._autoencoder[0].compression
+
+    def _condition(self, source: Store, batch: Batch, offset: int, stride: int) -> Tensor:
+        rows = []
+        for trajectory, start in zip(batch.trajectories.tolist(), batch.starts.tolist(), strict=True):
+            now = start + offset
+            rows.append(
+                self.dynamics.conditioning.vector(
+                    store_parameters(source, trajectory, now),
+                    store_parameters(source, trajectory, now + stride),
+                    self.dynamics.interval(source.family),
+                )
+            )
+        return torch.stack(rows)
+
+    def routers(self) -> list[Router]:
+        return self.dynamics.transformer.routers()
+
+    def after_step(self, output: Output) -> None:
+        for router, counts in zip(self.routers(), output.expert_counts, strict=True):
+            router.bias_E.copy_(self.balance.update(router.bias_E, counts))
+
+    def model(self) -> nn.Module:
+        return self.dynamics
+
+    def save(self, path: Path, step: int, optimizer: torch.optim.Optimizer | None) -> None:
+        autoencoder = self._autoencoder[0]
+        checkpoint.save(
+            path,
+            kind=self.kind,
+            model=self.dynamics,
+            config=self.config,
+            extra={**self.dynamics.to_dict(), "latent_channels": autoencoder.latent_channels},
+            step=step,
+            optimizer=optimizer,
+            parts=lambda folder: checkpoint.save(
+                folder / "autoencoder",
+                kind="autoencoder",
+                model=autoencoder,
+                config=self.autoencoder_config,
+                extra=autoencoder_extra(autoencoder),
+                step=0,
+            ),
+        )
+
+
+def _counts(routings: list[list[Routing]]) -> list[Tensor]:
+    """Tokens per expert of every layer, over all steps of an unrolled pass."""
+    return [
+        torch.stack([expert_counts(r.ids, r.num_experts) for r in layer]).sum(0) for layer in zip(*routings, strict=True)
+    ]
+
+
+@lru_cache(maxsize=4096)
+def _geometry(store: Store, trajectory: int) -> Geometry:
+    geometry = store.geometry(trajectory)
+    _ = geometry.open_faces, geometry.wall_distance
+    return geometry
+
+
+@lru_cache(maxsize=4096)
+def _latent_geometry(store: Store, trajectory: int, compression: int) -> Tensor:
+    return latent_geometry(_geometry(store, trajectory), compression)

@@ -1,0 +1,82 @@
+"""A pre-norm transformer block that a conditioning vector modulates."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from latentphys.routers import MoEFeedForward, Router, Routing
+from latentphys.transformer.attention import SelfAttention
+
+
+class Modulation(nn.Module):
+    """Vectors linear in silu(condition), zero at the start (AdaLN-zero).
+
+    Args:
+        condition_dim: width of the conditioning vector.
+        dim: width of each vector.
+        num_vectors: how many vectors.
+    """
+
+    def __init__(self, condition_dim: int, dim: int, num_vectors: int) -> None:
+        super().__init__()
+        self.num_vectors = num_vectors
+        self.linear = nn.Linear(condition_dim, num_vectors * dim)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, condition: Float[Tensor, "b condition"]) -> tuple[Float[Tensor, "b 1 dim"], ...]:
+        return self.linear(F.silu(condition))[:, None].chunk(self.num_vectors, dim=-1)
+
+
+def normalise(
+    x: Float[Tensor, "b token dim"], shift: Float[Tensor, "b 1 dim"], scale: Float[Tensor, "b 1 dim"]
+) -> Float[Tensor, "b token dim"]:
+    """(1 + scale) · layer_norm(x) + shift."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+class TransformerBlock(nn.Module):
+    """x + g₁ attention(norm₁ x), then x + g₂ feed_forward(norm₂ x); shifts, scales and gates g from the condition.
+
+    The gates are zero at the start, so that an untrained block is the identity.
+
+    Args:
+        dim: model width.
+        condition_dim: width of the conditioning vector.
+        num_heads: attention heads.
+        hidden: hidden width of each routed and shared expert.
+        router: which experts take each token.
+        num_shared: experts that take every token.
+        attention: backend of `SelfAttention`.
+        dispatch: backend of `latentphys.routers.dispatch`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        condition_dim: int,
+        num_heads: int,
+        hidden: int,
+        router: Router,
+        num_shared: int = 1,
+        attention: str = "auto",
+        dispatch: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.modulation = Modulation(condition_dim, dim, 6)
+        self.attention = SelfAttention(dim, num_heads, attention)
+        self.feed_forward = MoEFeedForward(dim, hidden, router, num_shared, dispatch=dispatch)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b token dim"],
+        condition: Float[Tensor, "b condition"],
+        table: Float[Tensor, "2 token pair"],
+    ) -> tuple[Float[Tensor, "b token dim"], Routing]:
+        """The next tokens, and where the feed-forward sent these."""
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(condition)
+        x = x + gate_1 * self.attention(normalise(x, shift_1, scale_1), table)
+        y, routing = self.feed_forward(normalise(x, shift_2, scale_2))
+        return x + gate_2 * y, routing

@@ -1,0 +1,122 @@
+"""Windows are a pure function of seed and step, balanced over stores and divided over ranks."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from latentphys.data import Store, Windows, create_store, open_store, split
+from latentphys.fields import FieldSpec
+from latentphys.grid import Grid
+
+FIELD = FieldSpec("p", "scalar", "Pa")
+
+
+def numbered(path: Path, shape: tuple[int, int, int], num_trajectories: int, num_times: int) -> Store:
+    """A store in which every value is 100 · trajectory + time."""
+    with create_store(
+        path,
+        grid=Grid(shape, (1.0, 1.0, 1.0)),
+        specs={"p": FIELD},
+        family=path.name,
+        num_trajectories=num_trajectories,
+        times=range(num_times),
+    ) as out:
+        for i in range(num_trajectories):
+            frames = 100.0 * i + torch.arange(num_times, dtype=torch.float64)
+            out.write("p", i, slice(None), frames.reshape(-1, 1, 1, 1).expand(-1, *shape))
+    return open_store(path)
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> list[Store]:
+    folder = tmp_path_factory.mktemp("stores")
+    sizes = {"a": ((2, 3, 2), 3, 9), "b": ((4, 2, 2), 2, 6), "c": ((2, 2, 2), 5, 7)}
+    return [numbered(folder / name, *size) for name, size in sizes.items()]
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_window_holds_the_snapshots_it_names(stores: list[Store], cache: bool) -> None:
+    windows = Windows(stores, "p", length=3, stride=2, trajectories=[[0, 2], [1], range(5)], cache=cache)
+    assert [windows.num_windows(i) for i in range(3)] == [2 * 5, 2, 5 * 3] and len(windows) == 27
+    for step in range(12):
+        batch = windows.sample(step, batch=2, seed=0)
+        assert batch.values.dtype == torch.float32
+        assert batch.values.shape == (2, 3, *stores[batch.store].grid.shape)
+        expected = 100 * batch.trajectories[:, None] + batch.starts[:, None] + torch.tensor([0, 2, 4])
+        assert torch.equal(batch.values, expected[:, :, None, None, None].expand(batch.values.shape).float())
+
+
+def drawn(windows: Windows, step: int, batch: int = 4, seed: int = 5) -> tuple[int, list[int], list[int]]:
+    got = windows.sample(step, batch, seed)
+    return got.store, got.trajectories.tolist(), got.starts.tolist()
+
+
+def test_a_step_is_the_same_after_resuming_anywhere(stores: list[Store]) -> None:
+    steps = [drawn(Windows(stores, "p", 2), step) for step in range(12)]
+    resumed = Windows([open_store(s.path) for s in stores], "p", 2)
+    assert [drawn(resumed, step) for step in range(11, -1, -1)] == steps[::-1]
+    assert steps != [drawn(resumed, step, seed=6) for step in range(12)]
+
+
+def test_ranks_share_the_batch_of_one(stores: list[Store]) -> None:
+    windows = Windows(stores, "p", 2)
+    for step in range(6):
+        whole = windows.sample(step, 4, seed=1)
+        halves = [windows.sample(step, 4, seed=1, rank=rank, world=2) for rank in range(2)]
+        assert {half.store for half in halves} == {whole.store}
+        assert torch.equal(torch.cat([half.values for half in halves]), whole.values)
+        assert torch.equal(torch.cat([half.starts for half in halves]), whole.starts)
+
+
+def test_stores_take_turns_in_a_changing_order(stores: list[Store]) -> None:
+    windows = Windows(stores, "p", 2, cache=True)
+    order = [drawn(windows, step)[0] for step in range(18)]
+    rounds = [tuple(order[i : i + 3]) for i in range(0, 18, 3)]
+    assert all(sorted(r) == [0, 1, 2] for r in rounds) and len(set(rounds)) > 1
+
+
+def test_an_epoch_has_every_window_once_and_the_next_another_order(stores: list[Store]) -> None:
+    windows = Windows(stores[:1], "p", 2)
+    epochs = []
+    for epoch in range(2):
+        batches = [drawn(windows, 6 * epoch + i) for i in range(6)]
+        epochs.append([pair for _, i, s in batches for pair in zip(i, s, strict=True)])
+    assert all(Counter(e) == Counter((i, s) for i in range(3) for s in range(8)) for e in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_misuse_is_refused(stores: list[Store]) -> None:
+    with pytest.raises(ValueError, match="at least one store"):
+        Windows([], "p", 2)
+    with pytest.raises(ValueError, match="length ≥ 1 and stride ≥ 1, got 2 and 0"):
+        Windows(stores, "p", 2, stride=0)
+    with pytest.raises(ValueError, match=r"a field 'u' in .*got \['p'\]"):
+        Windows(stores, "u", 2)
+    with pytest.raises(ValueError, match="at least 7 snapshots for windows of 4 with stride 2, got 6"):
+        Windows(stores, "p", 4, stride=2)
+    with pytest.raises(ValueError, match="trajectories for 3 stores, got 1"):
+        Windows(stores, "p", 2, trajectories=[[0]])
+    for wrong in ([3], [], [0, 0]):
+        with pytest.raises(ValueError, match="different trajectories from 0 to 2"):
+            Windows(stores, "p", 2, trajectories=[wrong, [0], [0]])
+    windows = Windows(stores[1:2], "p", 2)
+    with pytest.raises(ValueError, match="batch of at most 10, .*choose a smaller batch"):
+        windows.sample(0, 11, seed=0)
+    with pytest.raises(ValueError, match="batch that is a multiple of world"):
+        windows.sample(0, 5, seed=0, rank=0, world=2)
+    with pytest.raises(ValueError, match="rank < world"):
+        windows.sample(0, 4, seed=0, rank=2, world=2)
+
+
+@pytest.mark.parametrize(("n", "held_out", "number"), [(10, 0.2, 2), (10, 3, 3), (4, 0.01, 1), (2, 1, 1)])
+def test_split_holds_out_the_last(n: int, held_out: float, number: int) -> None:
+    train, test = split(n, held_out)
+    assert train + test == list(range(n)) and len(test) == number
+
+
+@pytest.mark.parametrize(("n", "held_out"), [(1, 0.5), (3, 3), (3, 0), (3, -1), (3, 1.0), (3, 0.9)])
+def test_split_needs_something_on_both_sides(n: int, held_out: float) -> None:
+    with pytest.raises(ValueError, match="Expected held_out to be a share between 0 and 1 or a number from 1 to"):
+        split(n, held_out)
