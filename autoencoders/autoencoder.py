@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from latentphys.autoencoders.decoder import Decoder
 from latentphys.autoencoders.encoder import Encoder
 from latentphys.autoencoders.helmholtz import Head, ProjectionHead
-from latentphys.autoencoders.layers import geometry_features
+from latentphys.autoencoders.layers import geometry_features, space_to_depth
 from latentphys.autoencoders.normaliser import FamilyScale
 from latentphys.grid import Geometry, Grid
 
@@ -75,6 +75,27 @@ class Autoencoder(nn.Module):
         if family not in self.scales:
             raise ValueError(f"Expected a family of {sorted(self.scales)}, got {family!r}; this model knows no other.")
         return self.scales[family]
+
+    @torch.no_grad()
+    def fit_patches(self, snapshots: Mapping[str, tuple[Grid, Float[Tensor, "n 3 nx ny nz"]]]) -> None:
+        """Set the linear paths to the principal components of patches, each family with the same weight.
+
+        Training then starts from the best linear code of single patches, and learns what goes beyond it. Latents have
+        unit variance. A head that takes something else than a flux learns its linear path from scratch.
+
+        Args:
+            snapshots: family → its grid and some training fluxes [m³/s].
+        """
+        covariance = torch.zeros(())
+        for family, (grid, flux) in snapshots.items():
+            patches = space_to_depth(self.scale(family).normalise(flux, grid).double(), self.compression)
+            rows = patches.movedim(1, -1).flatten(0, -2)
+            covariance = covariance + rows.mT @ rows / len(rows) / len(snapshots)
+        variances, components = (t.flip(-1)[..., : self.latent_channels] for t in torch.linalg.eigh(covariance))
+        deviations = variances.clamp(min=1e-12).sqrt()
+        self.encoder.linear.weight.copy_((components / deviations).mT[..., None, None, None])
+        if self.head.num_channels == 3:
+            self.decoder.linear.weight.copy_((components * deviations)[..., None, None, None])
 
     def encode(
         self, flux: Float[Tensor, "b 3 nx ny nz"], geometry: Geometry, family: str

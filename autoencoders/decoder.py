@@ -27,6 +27,10 @@ class Decoder(nn.Module):
         )
         self.norm = nn.GroupNorm(8, widths[0])
         self.head = BoundaryConv(widths[0], channels * stem**3)
+        self.patch = stem * 2 ** (len(widths) - 1)
+        self.linear = nn.Conv3d(latent_channels, channels * self.patch**3, kernel_size=1, bias=False)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
 
     def forward(
         self, z: Float[Tensor, "b l x y z"], features: Float[Tensor, "#b g nx ny nz"], periodic: Periodic
@@ -36,4 +40,5 @@ class Decoder(nn.Module):
             x = self.levels[i](x, features, periodic)
             if i:
                 x = depth_to_space(self.up[i - 1](x), 2)
-        return depth_to_space(self.head(nn.functional.silu(self.norm(x)), periodic), self.stem)
+        detail = depth_to_space(self.head(nn.functional.silu(self.norm(x)), periodic), self.stem)
+        return depth_to_space(self.linear(z), self.patch) + detail

@@ -20,7 +20,10 @@ def saturate(z: Tensor) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """Patch stem, then residual convolutions at ever coarser resolutions.
+    """Patch stem, then residual convolutions at ever coarser resolutions, beside one linear map of each whole patch.
+
+    The linear path is all there is at the start (see `Autoencoder.fit_patches`); it keeps the amplitude that
+    normalisation removes.
 
     Args:
         channels: of the field.
@@ -45,6 +48,10 @@ class Encoder(nn.Module):
         )
         self.norm = nn.GroupNorm(8, widths[-1])
         self.head = nn.Conv3d(widths[-1], latent_channels, kernel_size=1)
+        self.patch = stem * 2 ** (len(widths) - 1)
+        self.linear = nn.Conv3d(channels * self.patch**3, latent_channels, kernel_size=1, bias=False)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
 
     def forward(
         self, u: Float[Tensor, "b c nx ny nz"], features: Float[Tensor, "#b g nx ny nz"], periodic: Periodic
@@ -54,4 +61,4 @@ class Encoder(nn.Module):
             if i:
                 x = self.down[i - 1](space_to_depth(x, 2))
             x = level(x, features, periodic)
-        return saturate(self.head(nn.functional.silu(self.norm(x))))
+        return saturate(self.linear(space_to_depth(u, self.patch)) + self.head(nn.functional.silu(self.norm(x))))

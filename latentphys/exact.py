@@ -24,13 +24,16 @@ from latentphys.projection import decompose
 FLUX_BITS = 46
 """Resolution of the fixed point: q is 2⁻⁴⁶ of the power of two above the sample's largest flux."""
 
+SMALLEST_EXPONENT = -1074
+"""Exponent of the smallest FP64 number above zero."""
+
 
 class Conserved(NamedTuple):
     """A conservative flux, and how far the last, fixed-point step moved it."""
 
     flux: Float[Tensor, "*batch 3 nx ny nz"]
     correction: float
-    """Largest change of a face against the FP64 projection, relative to the largest flux."""
+    """Largest change of a face against the FP64 projection, relative to the largest flux of its sample."""
 
 
 def conserve(
@@ -48,8 +51,6 @@ def conserve(
         flux: any flux through the low faces [m³/s], or
         potential: a vector potential on the low edges, ∫A·dl [m³/s], of which the curl is taken.
         harmonic: with a potential, the uniform flux through every face of each periodic axis [m³/s].
-        tol: net flux that the projection before the fixed-point step may leave, ‖net‖₂ / ‖flux‖₂, in voxel geometry.
-            A looser one makes the correction larger, never the result less exact.
         tol: net flux that the projection before the fixed-point step may leave, ‖net‖₂ / ‖flux‖₂, in voxel geometry.
             A looser one makes the correction larger, never the result less exact.
 
@@ -83,13 +84,13 @@ def conserve_report(
             flux = flux + (_finite(harmonic.double(), "harmonic part") * periodic)[..., None, None, None]
     assert flux is not None
     solenoidal = decompose(_finite(flux.double(), "flux"), geometry, tol=0.0, floor=tol).solenoidal
-    quantum = _quantum(solenoidal)
+    quantum = _quantum(solenoidal, geometry.grid)
     units = (solenoidal / quantum).round().to(torch.int64)
     units = _balance(units, geometry)
     result = units.double() * quantum
-    size = solenoidal.abs().amax()
-    change = (result - solenoidal).abs().amax()
-    return Conserved(result, float(change / size) if size > 0 else 0.0)
+    size = solenoidal.abs().amax((-4, -3, -2, -1))
+    change = (result - solenoidal).abs().amax((-4, -3, -2, -1))
+    return Conserved(result, float(torch.where(size > 0, change / size, 0.0).amax()))
 
 
 def _finite(x: Tensor, name: str) -> Tensor:
@@ -99,10 +100,16 @@ def _finite(x: Tensor, name: str) -> Tensor:
     return x
 
 
-def _quantum(flux: Tensor) -> Float[Tensor, "*batch 1 1 1 1"]:
-    """The power of two of which a sample's fluxes become multiples."""
+def _quantum(flux: Tensor, grid: Grid) -> Float[Tensor, "*batch 1 1 1 1"]:
+    """The power of two of which a sample's fluxes become multiples.
+
+    No branch of the tree carries more than Σ|net|. Where that is far above the largest flux (the projection has left
+    little but its own residual) it sets the power, so that no integer passes 2⁵³.
+    """
     largest = flux.abs().amax((-4, -3, -2, -1), keepdim=True)
-    exponent = torch.frexp(largest).exponent - FLUX_BITS
+    carried = operators.div(flux, grid).abs().sum((-3, -2, -1))[..., None, None, None, None]
+    largest = torch.maximum(largest, carried / 8)
+    exponent = (torch.frexp(largest).exponent - FLUX_BITS).clamp(min=SMALLEST_EXPONENT)
     return torch.ldexp(torch.ones_like(largest), exponent)
 
 
@@ -123,7 +130,7 @@ def _balance(units: Tensor, geometry: Geometry) -> Tensor:
 
 
 def _balance_box(units: Tensor, grid: Grid) -> Tensor:
-    """The empty box has a tree in closed form: along x, then along y in the last plane, then along z in the last row."""
+    """The empty box's tree in closed form: along x, then along y in the last plane, then along z in the last row."""
     units = units.clone()
     net = operators.div(units, grid).cumsum(-3)
     units[..., 0, 1:, :, :] -= net[..., :-1, :, :]
@@ -135,7 +142,7 @@ def _balance_box(units: Tensor, grid: Grid) -> Tensor:
 
 
 class _SpanningForest:
-    """A breadth-first tree in each connected pore space: for every cell but the roots, its parent and the face between."""
+    """A breadth-first tree in each connected pore space: each cell but the roots has a parent and a face to it."""
 
     def __init__(self, geometry: Geometry) -> None:
         from scipy.sparse import coo_matrix
@@ -150,7 +157,8 @@ class _SpanningForest:
         roots = np.unique(regions, return_index=True)[1]
         # One search serves all regions: it starts at an extra node n that is linked to the root of each.
         entry = coo_matrix((np.ones(roots.size), (np.full(roots.size, n), roots)), shape=(n + 1, n + 1)).tocsr()
-        order, parent = breadth_first_order(links + entry, n, directed=False)
+        # scipy gives 32-bit indices; products of two cell numbers below need 64.
+        order, parent = (x.astype(np.int64) for x in breadth_first_order(links + entry, n, directed=False))
         position = np.empty(n + 1, dtype=np.int64)
         position[order] = np.arange(n + 1)
         level = [1, 1 + roots.size]  # where each depth begins in the order: the roots, their children, …

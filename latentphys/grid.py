@@ -12,6 +12,7 @@ face are closed: nothing flows through them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -95,7 +96,11 @@ class Grid:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready description; `from_dict` reads it back."""
-        return {"shape": list(self.shape), "spacing": list(self.spacing), "boundaries": [list(p) for p in self.boundaries]}
+        return {
+            "shape": list(self.shape),
+            "spacing": list(self.spacing),
+            "boundaries": [list(p) for p in self.boundaries],
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Grid:
@@ -105,7 +110,8 @@ class Grid:
             ValueError: a missing entry or an impossible grid.
         """
         try:
-            return cls(tuple(data["shape"]), tuple(data["spacing"]), tuple(tuple(p) for p in data["boundaries"]))
+            shape, spacing, boundaries = data["shape"], data["spacing"], data["boundaries"]
+            return cls(shape, spacing, boundaries)
         except (KeyError, TypeError) as error:
             raise ValueError(f"Expected a grid with shape, spacing and boundaries, got {dict(data)!r}.") from error
 
@@ -201,8 +207,8 @@ class Geometry:
     def wall_distance(self) -> Float[Tensor, "*batch nx ny nz"]:
         """Distance of each fluid cell's centre to the nearest no-slip surface [m]; 0 in solids.
 
-        Euclidean to the centre of the nearest solid voxel less half a cell, and to the no-slip sides of the box; half
-        the shortest side of the box where there is no such surface at all.
+        Euclidean to the centre of the nearest solid voxel less half a cell, and to the no-slip sides of the box; at
+        most half the shortest side of the box, which is also what it is where there is no such surface at all.
         """
         from scipy.ndimage import distance_transform_edt
 
@@ -216,12 +222,13 @@ class Geometry:
             if high == "no_slip":
                 distance = torch.minimum(distance, (grid.lengths[axis] - centres).reshape(along))
         if self.solid is not None:
-            margin = [(n // 2, n // 2) if periodic else (0, 0) for n, periodic in zip(grid.shape, grid.periodic, strict=True)]
-            inner = tuple(slice(low, low + n) for (low, _), n in zip(margin, grid.shape, strict=True))
-            to_solid = [
-                distance_transform_edt(np.pad(~solid, margin, mode="wrap"), sampling=grid.spacing)[inner]
-                for solid in self.solid.reshape(-1, *grid.shape).cpu().numpy()
-            ]
-            nearest = torch.from_numpy(np.stack(to_solid)).reshape(*self.batch_shape, *grid.shape)
-            distance = torch.minimum(distance, (nearest - 0.5 * min(grid.spacing)).clamp(min=0.0))
+            margin = [n // 2 if periodic else 0 for n, periodic in zip(grid.shape, grid.periodic, strict=True)]
+            inner = tuple(slice(m, m + n) for m, n in zip(margin, grid.shape, strict=True))
+            to_solid = np.full((math.prod(self.batch_shape), *grid.shape), np.inf)
+            for nearest, solid in zip(to_solid, self.solid.reshape(to_solid.shape).cpu().numpy(), strict=True):
+                if solid.any():
+                    images = np.pad(~solid, [(m, m) for m in margin], mode="wrap")
+                    nearest[:] = distance_transform_edt(images, sampling=grid.spacing)[inner]
+            beyond = torch.from_numpy(to_solid).reshape(distance.shape) - 0.5 * min(grid.spacing)
+            distance = torch.minimum(distance, beyond.clamp(min=0.0))
         return distance

@@ -30,7 +30,8 @@ def shift(x: Tensor, axis: int, offset: int, grid: Grid) -> Tensor:
     return torch.cat([zero, x.narrow(dim, 0, n - 1)], dim=dim)
 
 
-def _check(x: Tensor, grid: Grid, components: bool) -> None:
+def check_shape(x: Tensor, grid: Grid, components: bool) -> None:
+    """Raise ValueError where the last axes are not the grid's, with three components before them or without."""
     expected = (3, *grid.shape) if components else grid.shape
     if tuple(x.shape[-len(expected) :]) != expected:
         wanted = "(…, 3, nx, ny, nz)" if components else "(…, nx, ny, nz)"
@@ -51,14 +52,14 @@ def div(flux: Float[Tensor, "*batch 3 nx ny nz"], grid: Grid) -> Float[Tensor, "
     The result is the cell integral of the divergence; divide by ``grid.cell_volume`` for ∇·u [1/s]. A flux through
     the low wall counts, so that an inadmissible field shows.
     """
-    _check(flux, grid, components=True)
+    check_shape(flux, grid, components=True)
     parts = [shift(flux[..., a, :, :, :], a, 1, grid) - flux[..., a, :, :, :] for a in range(3)]
     return parts[0] + parts[1] + parts[2]
 
 
 def grad(scalar: Float[Tensor, "*batch nx ny nz"], grid: Grid) -> Float[Tensor, "*batch 3 nx ny nz"]:
-    """Difference of a cell scalar across each low face, p(i) − p(i − e_a); zero on walls. The negative adjoint of `div`."""
-    _check(scalar, grid, components=False)
+    """Difference of a cell scalar across each low face, p(i) − p(i − e_a), zero on walls: minus the adjoint of `div`."""
+    check_shape(scalar, grid, components=False)
     return torch.stack([_zero_low_wall(scalar - shift(scalar, a, -1, grid), a, grid) for a in range(3)], dim=-4)
 
 
@@ -68,7 +69,7 @@ def curl(potential: Float[Tensor, "*batch 3 nx ny nz"], grid: Grid) -> Float[Ten
     ``potential`` holds ∫A·dl along each low edge [m³/s]; it counts as zero on the edges that lie in a wall, so nothing
     flows through walls. ``div(curl(A)) = 0`` identically, in floating point to the rounding of three additions.
     """
-    _check(potential, grid, components=True)
+    check_shape(potential, grid, components=True)
     a = []
     for component in range(3):
         edge = potential[..., component, :, :, :]

@@ -94,21 +94,48 @@ def decompose(
     if flux.dtype not in DEFAULT_TOLERANCE:
         raise ValueError(f"Expected a flux in FP32 or FP64, got {flux.dtype}; convert it first.")
     tol = DEFAULT_TOLERANCE[flux.dtype] if tol is None else tol
+    operators.check_shape(flux, geometry.grid, components=True)
     grid, masked = geometry.grid, geometry.mask(flux)
     net = operators.div(masked, grid)
     if geometry.is_empty:
         potential, iterations = box_poisson(grid, flux.dtype, flux.device)(net), 0
     else:
-        small = max(floor, 8 * torch.finfo(flux.dtype).eps) * masked.square().sum((-4, -3, -2, -1)).sqrt()
-        potential, iterations = _conjugate_gradients(net, geometry, tol, small, guess, max_iterations)
-    gradient = geometry.mask(operators.grad(potential, grid)) * _metric(grid, flux)
-    return Decomposition(masked - gradient, potential, iterations)
+        # The squares of fluxes in micrometre pores underflow in FP32; a power of two changes no bit of the others.
+        scale = _power_of_two(masked)
+        small = max(floor, 8 * torch.finfo(flux.dtype).eps) * (masked / scale).square().sum((-4, -3, -2, -1)).sqrt()
+        scale = scale.squeeze(-4)
+        guess = None if guess is None else guess / scale
+        potential, iterations = _conjugate_gradients(net / scale, geometry, tol, small, guess, max_iterations)
+        potential = potential * scale
+    _subtract_gradient(masked, potential, geometry)
+    return Decomposition(masked, potential, iterations)
 
 
 def _metric(grid: Grid, like: Tensor) -> Float[Tensor, "3 1 1 1"]:
     """C = face area / cell size [m], which turns a difference of φ into a flux."""
     ax, ay, az = (area / h for area, h in zip(grid.face_areas, grid.spacing, strict=True))
     return grid.per_face((ax, ay, az), like)
+
+
+def _subtract_gradient(flux: Tensor, potential: Tensor, geometry: Geometry) -> None:
+    """F ← F − C M G φ, face by face in place: the same as `operators` would give, in a third of the memory traffic."""
+    grid = geometry.grid
+    is_open = None if geometry.is_empty else geometry.open_faces.to(flux.device)
+    for axis, n in enumerate(grid.shape):
+        dim, metric = axis - 3, grid.face_areas[axis] / grid.spacing[axis]
+        faces = [(potential.narrow(dim, 1, n - 1) - potential.narrow(dim, 0, n - 1), 1)]
+        if grid.periodic[axis]:
+            faces.append((potential.narrow(dim, 0, 1) - potential.narrow(dim, n - 1, 1), 0))
+        for difference, first in faces:
+            if is_open is not None:
+                difference *= is_open.select(-4, axis).narrow(dim, first, difference.shape[dim])
+            flux.select(-4, axis).narrow(dim, first, difference.shape[dim]).sub_(difference, alpha=metric)
+
+
+def _power_of_two(flux: Tensor) -> Float[Tensor, "*batch 1 1 1 1"]:
+    """The power of two at or below a sample's largest flux."""
+    largest = flux.abs().amax((-4, -3, -2, -1), keepdim=True)
+    return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
 
 
 @lru_cache(maxsize=32)

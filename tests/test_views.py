@@ -151,6 +151,14 @@ def test_the_flow_is_drawn_in_its_colours(draw: Callable[[State], Any], tmp_path
     assert (np.ptp(image, axis=-1) > 30).mean() > 0.02
 
 
+def test_a_fluid_at_rest_and_a_solid_plane_can_be_drawn() -> None:
+    solid = torch.zeros(8, 8, 8, dtype=torch.bool)
+    solid[:, 4] = True
+    state = State({"velocity": torch.zeros(3, 8, 8, 8)}, Geometry(Grid((8, 8, 8), (1.0, 1.0, 1.0)), solid))
+    for figure in (flow.streamlines(state), flow.isosurface(state), slices.slices([state])):
+        assert numbers(figure.axes[0]).size
+
+
 def test_solids_are_grey_in_volumes_and_slices() -> None:
     state = grains()
     image = scene.snapshot(flow.draw_volume(state, flow.Scale(1e9, 1e8), 300)).astype(int)

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from latentphys import operators
 from latentphys.families.family import Family, Parameters, broadband, generator, uniform
-from latentphys.grid import Geometry, Grid
+from latentphys.grid import Boundaries, Geometry, Grid
 
 
 def reichardt(z_plus: Tensor) -> Tensor:
     """Mean velocity of a turbulent wall layer in wall units, U⁺(z⁺); von Kármán's constant 0.41."""
-    return torch.log1p(0.41 * z_plus) / 0.41 + 7.8 * (1 - torch.exp(-z_plus / 11) - z_plus / 11 * torch.exp(-z_plus / 3))
+    inner = 1 - torch.exp(-z_plus / 11) - z_plus / 11 * torch.exp(-z_plus / 3)
+    return torch.log1p(0.41 * z_plus) / 0.41 + 7.8 * inner
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class OpenChannel(Family):
     def grid(self, shape: Sequence[int]) -> Grid:
         sx, sy, sz = (length / n for length, n in zip(self.lengths, shape, strict=True))
         nx, ny, nz = shape
-        walls = (("periodic", "periodic"), ("periodic", "periodic"), ("no_slip", "free_slip"))
+        walls: Boundaries = (("periodic", "periodic"), ("periodic", "periodic"), ("no_slip", "free_slip"))
         return Grid((nx, ny, nz), (sx, sy, sz), walls)
 
     def draw(self, seed: int, trajectory: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a family of flows is: a box, parameters, solids, a first state and a force, all drawn from one seed a trajectory."""
+"""What a family of flows is: a box, parameters, solids, a first state and a force, drawn from one seed a trajectory."""
 
 from __future__ import annotations
 

@@ -20,10 +20,7 @@ from latentphys.grid import Geometry
 Parameters = Mapping[str, Any]
 
 STORED_TOLERANCE = 1e-9
-"""Net flux left to the fixed-point step in recorded frames, relative to the flux; below the FP32 rounding of the solver."""
-
-STORED_TOLERANCE = 1e-9
-"""Net flux left to the fixed-point step in recorded frames, relative to the flux; below the FP32 rounding of the solver."""
+"""Net flux left to the fixed-point step in recorded frames, relative to the flux; below the solver's FP32 rounding."""
 
 
 def stack(drawn: Sequence[Parameters]) -> dict[str, np.ndarray]:

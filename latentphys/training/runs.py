@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from latentphys.data import Store, Windows, open_store, split
 from latentphys.routers import BiasBalance
@@ -27,6 +28,7 @@ def train_autoencoder(config: Config) -> Path:
     torch.manual_seed(trainer.seed)
     model = new_autoencoder(config["autoencoder"], stores)
     train, test = _split(stores, config["held_out"])
+    model.fit_patches({store.family: (store.grid, _sample(store, chosen)) for store, chosen in zip(stores, train, strict=True)})
     task = AutoencoderTask(
         model,
         build(config["loss"]),
@@ -77,6 +79,14 @@ def train_dynamics(config: Config) -> Path:
         balance_loss=settings["balance_loss"],
     )
     return trainer.fit(task, Path(config["run"]), config, config["resume"])
+
+
+def _sample(store: Store, trajectories: Sequence[int], most: int = 64) -> Tensor:
+    """Snapshots spread over some trajectories of a store, in FP32."""
+    per_trajectory = max(1, most // len(trajectories))
+    stride = max(1, store.num_times // per_trajectory)
+    chosen = trajectories[:: max(1, len(trajectories) // most)]
+    return torch.cat([store.read("velocity", i, slice(None, None, stride)).float() for i in chosen])
 
 
 def _open(paths: Sequence[str]) -> list[Store]:

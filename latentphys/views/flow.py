@@ -120,7 +120,7 @@ def streamlines(state: State, num_lines: int = 150) -> Figure:
     )
     plot = scene.plotter(grid)
     scene.add_solid(plot, state.geometry, opacity=0.25)
-    if lines.n_points:
+    if lines.n_lines:
         tubes = lines.tube(radius=0.004 * length, n_sides=8)
         plot.add_mesh(tubes, scalars="speed", smooth_shading=True, **_colors(speeds.surface))
     return _figure(plot, state, speeds.surface)

@@ -100,5 +100,6 @@ def color_limits(values: Sequence[np.ndarray]) -> tuple[float, float]:
 
     A few extreme cells must not take all the colours.
     """
-    high = float(np.quantile(np.concatenate(values), 0.998))
+    numbers = np.concatenate(values)
+    high = float(np.quantile(numbers, 0.998)) if numbers.size else 0.0
     return 0.0, high if high > 0 else 1.0

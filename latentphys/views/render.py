@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _STEPS = (1, 4, 8, 16)
-_MOST_FRAMES = 48
+_MOST_FRAMES = 32
 
 
 @dataclass(frozen=True)

@@ -187,12 +187,22 @@ def show(axes: Axes, image: UInt8[np.ndarray, "height width 3"], grid: Grid) -> 
 
 
 def color_bar(
-    figure: Figure, axes: Any, colors: str, limits: tuple[float, float], quantity: str, unit: str, **place: Any
+    figure: Figure,
+    axes: Any,
+    colors: str,
+    limits: tuple[float, float],
+    quantity: str,
+    unit: str,
+    largest: float | None = None,
+    **place: Any,
 ) -> Colorbar:
-    """A colour bar with its quantity and unit, pointed where numbers beyond its limits take the last colour."""
+    """A colour bar with its quantity and unit, pointed where numbers beyond its limits take the last colour.
+
+    Bars that are compared share a unit, the one in which ``largest`` is easy to read; by default the high limit.
+    """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    scale, unit = readable(max(map(abs, limits)), unit)
+    scale, unit = readable(limits[1] if largest is None else largest, unit)
     mappable = ScalarMappable(Normalize(limits[0] / scale, limits[1] / scale), colors)
     return figure.colorbar(mappable, ax=axes, label=f"{quantity} [{unit}]", extend="max", **place)

@@ -131,8 +131,10 @@ def slices(
             grid[row, 1].set_title("rollout" if row == 0 else "", fontsize=9)
             number = "" if vrmse is None else f"VRMSE {vrmse[row]:.3g}"
             grid[row, 2].set_title(", ".join(filter(None, ["error" if row == 0 else "", number])), fontsize=9)
+        bar |= {"largest": speeds[1]}
         scene.color_bar(figure, grid[:, :2], scene.SPEED_COLORS, speeds, "speed |u|", "m/s", **bar)
-        scene.color_bar(figure, grid[:, 2], scene.ERROR_COLORS, wrong, "|u − u_truth|", "m/s", **{**bar, "aspect": 19})
+        bar |= {"aspect": 19}
+        scene.color_bar(figure, grid[:, 2], scene.ERROR_COLORS, wrong, "|u − u_truth|", "m/s", **bar)
         return figure
     for axes in grid.flat[len(true) :]:
         axes.remove()

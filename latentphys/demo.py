@@ -1,0 +1,90 @@
+"""The whole road, small: two families simulated, compressed, advanced on flows never seen, validated and drawn."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+FAMILIES = ("channel", "porous")
+HELD_OUT = 3
+
+
+@dataclass(frozen=True)
+class _Size:
+    """How much of everything."""
+
+    simulate: dict[str, list[str]]
+    autoencoder: list[str]
+    dynamics: list[str]
+    steps: int
+
+
+SIZES = {
+    "demo": _Size(
+        simulate={
+            "channel": ["size=small", "trajectories=12", "frames=24", "batch_size=12", "family.spin_up=1.5"],
+            "porous": ["size=small", "trajectories=18", "frames=20", "batch_size=18"],
+        },
+        autoencoder=["trainer.num_steps=300"],
+        dynamics=["trainer.num_steps=400"],
+        steps=16,
+    ),
+    "tiny": _Size(
+        simulate={
+            "channel": ["size=tiny", "trajectories=5", "frames=8"],
+            "porous": ["size=tiny", "trajectories=5", "frames=8"],
+        },
+        autoencoder=["trainer.num_steps=4", "trainer.batch_size=2"],
+        dynamics=["trainer.num_steps=4", "trainer.batch_size=2"],
+        steps=4,
+    ),
+}
+
+
+def run(out: Path, size: str = "demo") -> int:
+    """Run every station in ``out``; what an earlier run left there is replaced.
+
+    Returns:
+        The exit status of `latentphys validate`: 0 where every check passed, 1 where one failed.
+    """
+    from latentphys.cli import main
+
+    chosen, begin = SIZES[size], time.perf_counter()
+    if out.exists():
+        if not (out / "demo.txt").is_file():
+            raise ValueError(f"Expected a new folder or one that a demo made, got {out}; choose another --out.")
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    (out / "demo.txt").write_text(f"made by `latentphys demo --size {size}`\n")
+
+    def store(family: str, suffix: str = "") -> str:
+        return str(out / f"{family}{suffix}.zarr")
+
+    def station(*arguments: str) -> None:
+        print(f"\n$ latentphys {' '.join(arguments)}", flush=True)
+        status = main(arguments)
+        if status:
+            raise ValueError(f"Expected this station to succeed, got exit status {status}: {arguments[0]}.")
+
+    held_out = f"held_out={HELD_OUT}"
+    for family in FAMILIES:
+        station("simulate", f"family={family}", *chosen.simulate[family], f"out={store(family)}")
+    stores = f"stores=[{','.join(store(f) for f in FAMILIES)}]"
+    station("train", "autoencoder", stores, f"run={out / 'autoencoder'}", held_out, *chosen.autoencoder)
+    for family in FAMILIES:
+        station("encode", str(out / "autoencoder"), store(family), store(family, ".latent"))
+    latents = f"stores=[{','.join(store(f, '.latent') for f in FAMILIES)}]"
+    station("train", "dynamics", latents, f"run={out / 'dynamics'}", held_out, *chosen.dynamics)
+    rollouts = [store(family, ".rollout") for family in FAMILIES]
+    for family, rollout in zip(FAMILIES, rollouts, strict=True):
+        dynamics = str(out / "dynamics")
+        station("rollout", dynamics, store(family), rollout, "--steps", str(chosen.steps), "--held-out", str(HELD_OUT))
+    references = [store(family) for family in FAMILIES]
+    report = ["--checkpoint", str(out / "dynamics"), "--pictures", "--out", str(out / "report")]
+    arguments = ["validate", *rollouts, "--reference", *references, *report]
+    print(f"\n$ latentphys {' '.join(arguments)}", flush=True)
+    status = main(arguments)
+    print(f"\nThe whole road took {time.perf_counter() - begin:.0f} s. Report: {out / 'report' / 'report.html'}")
+    return status
