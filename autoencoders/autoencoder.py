@@ -45,9 +45,16 @@ class Autoencoder(nn.Module):
             raise ValueError(f"Expected as many widths as num_blocks, got {list(widths)} and {list(num_blocks)}.")
         if any(width % 8 for width in widths):
             raise ValueError(f"Expected widths that are multiples of 8, got {list(widths)}.")
+        if stem < 1 or latent_noise < 0:
+            raise ValueError(f"Expected a stem ≥ 1 and latent_noise ≥ 0, got {stem} and {latent_noise}.")
         self.scales = dict(scales)
         self.latent_channels, self.latent_noise = latent_channels, latent_noise
         self.compression = stem * 2 ** (len(widths) - 1)
+        if not 1 <= latent_channels <= 3 * self.compression**3:
+            raise ValueError(
+                f"Expected latent_channels from 1 to {3 * self.compression**3}, the numbers in a patch of "
+                f"{self.compression}³ cells, got {latent_channels}."
+            )
         self.head = head or ProjectionHead()
         self.encoder = Encoder(3, latent_channels, widths, num_blocks, stem)
         self.decoder = Decoder(self.head.num_channels, latent_channels, widths, num_blocks, stem)
@@ -85,11 +92,16 @@ class Autoencoder(nn.Module):
 
         Args:
             snapshots: family → its grid and some training fluxes [m³/s].
+
+        Raises:
+            ValueError: fluxes that are not finite.
         """
         covariance = torch.zeros(())
         for family, (grid, flux) in snapshots.items():
             patches = space_to_depth(self.scale(family).normalise(flux, grid).double(), self.compression)
             rows = patches.movedim(1, -1).flatten(0, -2)
+            if not bool(torch.isfinite(rows).all()):
+                raise ValueError(f"Expected finite fluxes of family {family!r}, got NaN or infinite values.")
             covariance = covariance + rows.mT @ rows / len(rows) / len(snapshots)
         variances, components = (t.flip(-1)[..., : self.latent_channels] for t in torch.linalg.eigh(covariance))
         deviations = variances.clamp(min=1e-12).sqrt()

@@ -45,7 +45,8 @@ class Head(nn.Module, ABC):
         self, raw: Float[Tensor, "b c nx ny nz"], geometry: Geometry, scale: FamilyScale
     ) -> Float[Tensor, "b 3 nx ny nz"]:
         """Solenoidal flux [m³/s] in FP32: to rounding in an empty box, to `tol` round voxels. Differentiable."""
-        return project(self.flux(raw.float(), geometry, scale), geometry, self.tol)
+        with torch.autocast(raw.device.type, enabled=False):
+            return project(self.flux(raw.float(), geometry, scale), geometry, self.tol)
 
     def exact(
         self, raw: Float[Tensor, "b c nx ny nz"], geometry: Geometry, scale: FamilyScale

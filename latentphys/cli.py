@@ -26,7 +26,10 @@ def simulate(arguments: argparse.Namespace) -> int:
     config = compose("simulate", arguments.overrides)
     family = build(config["family"])
     out = Path(config["out"] or f"{family.name}.zarr")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config["device"] == "auto" else config["device"]
+    available = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    if config["device"] not in ("auto", *available):
+        raise ValueError(f"Expected a device of auto | {' | '.join(available)}, got {config['device']!r}.")
+    device = available[0] if config["device"] == "auto" else config["device"]
     total = config["trajectories"] * config["frames"]
     with progress_bar() as bar:
         line = bar.add_task(f"simulate {family.name}", total=total)
@@ -302,10 +305,12 @@ def _share(text: str) -> float | int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
     arguments = parser().parse_args(argv)
+    from latentphys.projection import ConvergenceError
+
     try:
         return arguments.run(arguments)
-    except (ValueError, FloatingPointError, FileNotFoundError) as error:
-        print(f"latentphys {arguments.verb}: {error}", file=sys.stderr)
+    except (ValueError, FloatingPointError, ConvergenceError, OSError) as error:
+        print(f"latentphys {arguments.verb}: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print(f"latentphys {arguments.verb}: interrupted", file=sys.stderr)

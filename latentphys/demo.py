@@ -25,10 +25,10 @@ SIZES = {
     "demo": _Size(
         simulate={
             "channel": ["size=small", "trajectories=12", "frames=24", "batch_size=12", "family.spin_up=1.5"],
-            "porous": ["size=small", "trajectories=18", "frames=20", "batch_size=18"],
+            "porous": ["size=small", "trajectories=22", "frames=17", "batch_size=22"],
         },
-        autoencoder=["trainer.num_steps=300"],
-        dynamics=["trainer.num_steps=400"],
+        autoencoder=["trainer.num_steps=250"],
+        dynamics=["trainer.num_steps=500"],
         steps=16,
     ),
     "tiny": _Size(

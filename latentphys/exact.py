@@ -33,7 +33,7 @@ class Conserved(NamedTuple):
 
     flux: Float[Tensor, "*batch 3 nx ny nz"]
     correction: float
-    """Largest change of a face against the FP64 projection, relative to the largest flux of its sample."""
+    """Largest change of a face against the FP64 projection, relative to the largest open-face flux given."""
 
 
 def conserve(
@@ -88,7 +88,7 @@ def conserve_report(
     units = (solenoidal / quantum).round().to(torch.int64)
     units = _balance(units, geometry)
     result = units.double() * quantum
-    size = solenoidal.abs().amax((-4, -3, -2, -1))
+    size = geometry.mask(flux.double()).abs().amax((-4, -3, -2, -1))
     change = (result - solenoidal).abs().amax((-4, -3, -2, -1))
     return Conserved(result, float(torch.where(size > 0, change / size, 0.0).amax()))
 

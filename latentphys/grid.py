@@ -110,8 +110,8 @@ class Grid:
             ValueError: a missing entry or an impossible grid.
         """
         try:
-            shape, spacing, boundaries = data["shape"], data["spacing"], data["boundaries"]
-            return cls(shape, spacing, boundaries)
+            boundaries: Any = tuple(tuple(pair) for pair in data["boundaries"])
+            return cls(tuple(data["shape"]), tuple(data["spacing"]), boundaries)
         except (KeyError, TypeError) as error:
             raise ValueError(f"Expected a grid with shape, spacing and boundaries, got {dict(data)!r}.") from error
 

@@ -12,7 +12,7 @@ where a flux becomes a velocity (`velocity`), by division with the face area.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from torch import Tensor
 
 from latentphys.grid import Grid
@@ -46,8 +46,8 @@ def _zero_low_wall(x: Tensor, axis: int, grid: Grid) -> Tensor:
     return torch.cat([torch.zeros_like(x.narrow(dim, 0, 1)), x.narrow(dim, 1, x.shape[dim] - 1)], dim=dim)
 
 
-def div(flux: Float[Tensor, "*batch 3 nx ny nz"], grid: Grid) -> Float[Tensor, "*batch nx ny nz"]:
-    """Net flux out of each cell [m³/s]: Σ_a F_a(i + e_a) − F_a(i).
+def div(flux: Num[Tensor, "*batch 3 nx ny nz"], grid: Grid) -> Num[Tensor, "*batch nx ny nz"]:
+    """Net flux out of each cell [m³/s], or in the units of an integer flux: Σ_a F_a(i + e_a) − F_a(i).
 
     The result is the cell integral of the divergence; divide by ``grid.cell_volume`` for ∇·u [1/s]. A flux through
     the low wall counts, so that an inadmissible field shows.
@@ -58,7 +58,7 @@ def div(flux: Float[Tensor, "*batch 3 nx ny nz"], grid: Grid) -> Float[Tensor, "
 
 
 def grad(scalar: Float[Tensor, "*batch nx ny nz"], grid: Grid) -> Float[Tensor, "*batch 3 nx ny nz"]:
-    """Difference of a cell scalar across each low face, p(i) − p(i − e_a), zero on walls: minus the adjoint of `div`."""
+    """Difference of a cell scalar across low faces, p(i) − p(i − e_a), zero on walls: minus the adjoint of `div`."""
     check_shape(scalar, grid, components=False)
     return torch.stack([_zero_low_wall(scalar - shift(scalar, a, -1, grid), a, grid) for a in range(3)], dim=-4)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -112,8 +113,13 @@ def rollout_store(
         progress: called with the number of frames written since the last call.
 
     Raises:
-        ValueError: a store too short for the steps asked for, or one the models do not know.
+        ValueError: a store too short for the steps asked for, without the trajectories, or one the models do not know.
     """
+    if Path(out).resolve() == store.path.resolve():
+        raise ValueError(f"Expected another path than the store's own, got {out}; the rollout would replace its reference.")
+    chosen = list(trajectories)
+    if not chosen or not set(chosen) <= set(range(len(store))):
+        raise ValueError(f"Expected trajectories from 0 to {len(store) - 1} of {store.path}, got {chosen}.")
     stride = num_intervals(store, dynamics.interval(store.family))
     first = start - (dynamics.num_frames - 1) * stride
     if num_steps < 1 or first < 0 or start + num_steps * stride >= store.num_times:
@@ -124,7 +130,6 @@ def rollout_store(
     grid, latent_shape = store.grid, autoencoder.latent_shape(store.grid)
     depth = len(dynamics.transformer.routers())
     times = store.times[start : start + num_steps * stride + 1 : stride]
-    chosen = list(trajectories)
     picked = {
         name: values[chosen][:, start : start + num_steps * stride + 1 : stride] if values.ndim == 3 else values[chosen]
         for name, values in store.parameters.items()
@@ -176,9 +181,14 @@ def num_intervals(store: Store, interval: float) -> int:
     """How many snapshots of a store make one interval of a model.
 
     Raises:
-        ValueError: snapshots whose distance does not divide the interval.
+        ValueError: snapshots at uneven times, or whose distance does not divide the interval.
     """
-    spacing = float(store.times[1] - store.times[0]) if store.num_times > 1 else interval
+    spacings = np.diff(store.times) if store.num_times > 1 else np.array([interval])
+    spacing = float(spacings[0])
+    if not np.allclose(spacings, spacing, rtol=1e-6, atol=0.0):
+        raise ValueError(
+            f"Expected snapshots of {store.path} at even distances, got {spacings.min():g} to {spacings.max():g} s."
+        )
     stride = round(interval / spacing)
     if stride < 1 or abs(stride * spacing / interval - 1) > 1e-6:
         raise ValueError(

@@ -6,6 +6,7 @@ shape then stops there, before it reaches the library's own message: a test of t
 
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -17,6 +18,9 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+if TYPE_CHECKING:
+    from small import Road
+
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 settings.register_profile("latentphys", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("latentphys")
@@ -26,6 +30,14 @@ settings.load_profile("latentphys")
 def seed() -> None:
     """The same random numbers in every test, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def road(tmp_path_factory: pytest.TempPathFactory) -> "Road":
+    """Both families simulated, compressed and advanced on 16³ cells; read-only."""
+    from small import build_road  # not above: the shapes of what it imports must be checked
+
+    return build_road(tmp_path_factory.mktemp("road"))
 
 
 @pytest.fixture

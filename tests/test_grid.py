@@ -8,9 +8,11 @@ import pytest
 import torch
 from reference import BOUNDARIES, box, random_geometry
 
-from latentphys.grid import Geometry, Grid
+from latentphys.grid import Boundary, Geometry, Grid
 
-P, N = ("periodic", "periodic"), ("no_slip", "no_slip")
+Pair = tuple[Boundary, Boundary]
+P: Pair = ("periodic", "periodic")
+N: Pair = ("no_slip", "no_slip")
 
 
 @pytest.mark.parametrize(
@@ -117,6 +119,10 @@ def test_wall_distance_between_walls() -> None:
 def test_wall_distance_without_a_no_slip_surface_is_half_the_shortest_side() -> None:
     grid = Grid((4, 6, 8), (1.0, 0.5, 1.0), (P, ("free_slip", "free_slip"), P))
     assert bool((Geometry(grid).wall_distance == 1.5).all())
+    grid = Grid((4, 4, 4), (1.0, 1.0, 1.0), (("free_slip", "free_slip"),) * 3)
+    solid = torch.zeros(2, 4, 4, 4, dtype=torch.bool)
+    solid[1, 0, 0, 0] = True
+    assert bool((Geometry(grid, solid).wall_distance[0] == 2.0).all())
 
 
 def test_wall_distance_round_a_voxel_is_euclidean_and_periodic() -> None:
@@ -142,10 +148,9 @@ def test_a_batch_is_its_samples(boundaries: str) -> None:
         assert batch.batch_shape == (3,)
         for i, sample in enumerate(samples):
             for one in (batch, batch[i]):
-                pick = (lambda x, i=i: x[i]) if one is batch else (lambda x: x)
-                assert torch.equal(pick(one.fluid), sample.fluid)
-                assert torch.equal(pick(one.open_faces), sample.open_faces)
-                assert torch.equal(pick(one.wall_distance), sample.wall_distance)
+                for name in ("fluid", "open_faces", "wall_distance"):
+                    value = getattr(one, name)
+                    assert torch.equal(value[i] if one is batch else value, getattr(sample, name))
     assert batch[1:].batch_shape == (2,)
 
 

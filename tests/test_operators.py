@@ -77,7 +77,7 @@ def test_vorticity_is_the_adjoint_of_curl(boundaries: str) -> None:
 
 
 def error(of: Callable[[Grid], tuple[Tensor, Tensor]], n: int) -> float:
-    got, expected = of(two_pi_box((n, n + 2, 2 * n)))
+    got, expected = of(two_pi_box((n, 3 * n // 2, 2 * n)))
     return float((got - expected).square().mean().sqrt())
 
 
@@ -92,7 +92,7 @@ def vorticity_of_abc(grid: Grid) -> tuple[Tensor, Tensor]:
     return operators.vorticity(abc_flux(grid), grid), torch.stack([abc(a, edge_points(grid, a)) for a in range(3)])
 
 
-def cell_velocity_of_abc_gradient(grid: Grid) -> tuple[Tensor, Tensor]:
+def cell_velocity_of_a_wave(grid: Grid) -> tuple[Tensor, Tensor]:
     """u_a = sin(x + 2y + z) + a, which varies along every axis, also along its own."""
     u = torch.stack([torch.sin(x + 2 * y + z) + a for a, (x, y, z) in ((a, face_points(grid, a)) for a in range(3))])
     x, y, z = points(grid, (0.5, 0.5, 0.5))
@@ -106,7 +106,7 @@ def div_of_a_wave(grid: Grid) -> tuple[Tensor, Tensor]:
     return operators.div(operators.flux_of(u, grid), grid) / grid.cell_volume, 4 * torch.cos(x + 2 * y + z)
 
 
-@pytest.mark.parametrize("of", [curl_of_abc, vorticity_of_abc, cell_velocity_of_abc_gradient, div_of_a_wave])
+@pytest.mark.parametrize("of", [curl_of_abc, vorticity_of_abc, cell_velocity_of_a_wave, div_of_a_wave])
 def test_second_order(of: Callable[[Grid], tuple[Tensor, Tensor]]) -> None:
     fine = order([error(of, n) for n in (16, 32, 64)])
     assert all(1.9 < p < 2.1 for p in fine), fine

@@ -123,7 +123,7 @@ class NavierStokes:
                 time += dt
         if not bool(torch.isfinite(flux).all()):
             raise FloatingPointError(
-                f"Expected a finite flow, got NaN or infinite values near t = {time:.4g} s; refine the grid or force less."
+                f"Expected a finite flow, got NaN or infinity near t = {time:.4g} s; refine the grid or force less."
             )
         return flux
 
@@ -144,42 +144,44 @@ def _right_hand_side(
     """
     shape = u.shape[-3:]
     ghost, edges = pad(u, (1,) * 6, mode="circular"), pad(open_edges, (1,) * 6, mode="circular")
-
-    def window(x: Tensor, start: tuple[int, int, int], extra: tuple[int, int, int]) -> Tensor:
-        for dim in range(3):
-            x = x.narrow(dim - 3, 1 + start[dim], shape[dim] + extra[dim])
-        return x
-
-    def unit(axis: int, size: int = 1) -> tuple[int, int, int]:
-        x, y, z = (size if a == axis else 0 for a in range(3))
-        return x, y, z
-
-    def difference(stress: Tensor, axis: int) -> Tensor:
-        n = shape[axis]
-        return (stress.narrow(axis - 3, 1, n) - stress.narrow(axis - 3, 0, n)) / spacing[axis]
-
-    viscosity = viscosity[:, 0]
-    origin = (0, 0, 0)
+    viscosity, origin = viscosity[:, 0], (0, 0, 0)
     stress: dict[tuple[int, int], Tensor] = {}
     for c in range(3):
         a, b = (c + 1) % 3, (c + 2) % 3
         x, y, z = (0 if axis == c else 1 for axis in range(3))
         extra = (x, y, z)
-        ua, ua_below = window(ghost[:, a], origin, extra), window(ghost[:, a], unit(b, -1), extra)
-        ub, ub_below = window(ghost[:, b], origin, extra), window(ghost[:, b], unit(a, -1), extra)
+        ua, ua_below = _window(ghost[:, a], origin, extra), _window(ghost[:, a], _unit(b, -1), extra)
+        ub, ub_below = _window(ghost[:, b], origin, extra), _window(ghost[:, b], _unit(a, -1), extra)
         advection = 0.25 * (ua + ua_below) * (ub + ub_below)
-        is_open = window(edges[:, c], origin, extra)
+        is_open = _window(edges[:, c], origin, extra)
         stress[a, b] = advection - is_open * (viscosity / spacing[b] * (ua - ua_below))
         stress[b, a] = advection - is_open * (viscosity / spacing[a] * (ub - ub_below))
     rates = []
     for a in range(3):
-        low, high = window(ghost[:, a], unit(a, -1), unit(a)), window(ghost[:, a], origin, unit(a))
-        rate = -difference(0.25 * (low + high) ** 2 - viscosity / spacing[a] * (high - low), a)
+        low, high = _window(ghost[:, a], _unit(a, -1), _unit(a)), _window(ghost[:, a], origin, _unit(a))
+        rate = -_difference(0.25 * (low + high) ** 2 - viscosity / spacing[a] * (high - low), a) / spacing[a]
         for b in range(3):
             if b != a:
-                rate = rate - difference(stress[a, b].narrow(a - 3, 0, shape[a]), b)
+                rate = rate - _difference(stress[a, b].narrow(a - 3, 0, shape[a]), b) / spacing[b]
         rates.append(rate)
     return (torch.stack(rates, dim=1) + force - viscosity[:, None] * drag * u) * open_faces
+
+
+def _unit(axis: int, size: int = 1) -> tuple[int, int, int]:
+    x, y, z = (size if a == axis else 0 for a in range(3))
+    return x, y, z
+
+
+def _window(ghost: Tensor, start: tuple[int, int, int], extra: tuple[int, int, int]) -> Tensor:
+    """The cells from `start`, and `extra` more than the box has, of an array with a ghost cell on every side."""
+    for dim in range(-3, 0):
+        ghost = ghost.narrow(dim, 1 + start[dim], ghost.shape[dim] - 2 + extra[dim])
+    return ghost
+
+
+def _difference(stress: Tensor, axis: int) -> Tensor:
+    dim, n = axis - 3, stress.shape[axis - 3] - 1
+    return stress.narrow(dim, 1, n) - stress.narrow(dim, 0, n)
 
 
 def _open_edges(geometry: Geometry) -> Tensor:
@@ -197,20 +199,22 @@ def _open_edges(geometry: Geometry) -> Tensor:
 
 
 def _wall_drag(geometry: Geometry) -> Tensor:
-    """Friction of no-slip surfaces along each open face, 2/h² for each side that has one half a cell away [1/m²]."""
-    grid = geometry.grid
-    open_faces = geometry.open_faces
-    drag = torch.zeros(open_faces.shape, dtype=torch.float64)
+    """Friction of no-slip surfaces along each open face [1/m²].
+
+    On each side along another axis two cells lie beside a face. Where both are solid, or the box ends, the surface is
+    half a cell away: 2/h². Where one is solid, at a step, the closed face beside is at rest a whole cell away: 1/h².
+    """
+    grid, open_faces = geometry.grid, geometry.open_faces
+    solid = (~geometry.fluid).double()
+    drag = torch.zeros_like(open_faces, dtype=torch.float64)
     for a in range(3):
+        cells = solid + solid.roll(1, a - 3)
         for b in range(3):
             if a == b:
                 continue
-            here, dim = open_faces.select(-4, a), b - 3
-            beside = here & ~here.roll(1, dim), here & ~here.roll(-1, dim)
-            if not grid.periodic[b]:
-                n = grid.shape[b]
-                for side, index, name in zip(beside, (0, n - 1), grid.boundaries[b], strict=True):
-                    no_slip = here.select(dim, index) if name == "no_slip" else torch.tensor(False)
-                    side.select(dim, index).copy_(no_slip)
-            drag.select(-4, a).add_((beside[0].double() + beside[1].double()) * (2 / grid.spacing[b] ** 2))
-    return drag.reshape(-1, 3, *grid.shape)
+            for offset, index, boundary in zip((1, -1), (0, grid.shape[b] - 1), grid.boundaries[b], strict=True):
+                beside = cells.roll(offset, b - 3)
+                if boundary != "periodic":
+                    beside.select(b - 3, index).fill_(2.0 if boundary == "no_slip" else 0.0)
+                drag.select(-4, a).add_(beside / grid.spacing[b] ** 2)
+    return (drag * open_faces).reshape(-1, 3, *grid.shape)

@@ -33,7 +33,7 @@ class Surrogate:
     """Steps one flow with a trained model. Mass is conserved exactly by every state that it returns.
 
     Fluxes go in and out as the volume flux through each cell's low faces [m³/s], FP64 out. A solver may change the state
-    between calls: a state that is not the one returned last is encoded anew.
+    between calls, in place too: a state whose flux is not the one returned last is encoded anew.
 
         s = Surrogate.load("runs/demo/dynamics")
         state = s.init(store[0, 0])
@@ -110,7 +110,7 @@ class Surrogate:
             What was given: a `State`, or a flux as a tensor or an array.
 
         Raises:
-            ValueError: a call before `init`, another geometry than the one set there, or a flux that is not finite.
+            ValueError: a call before `init`, another geometry or family than set there, or a flux that is not finite.
         """
         current = self._require()
         if num_steps < 1:
@@ -119,7 +119,9 @@ class Surrogate:
         stepper, latents = current.stepper, current.latents
         if given.geometry is not stepper.geometry and not _same_geometry(given.geometry, stepper.geometry):
             raise ValueError("Expected the geometry given to init, got another one; call init again to change it.")
-        if given.velocity is not current.state.velocity and not torch.equal(given.velocity, current.state.velocity):
+        if given.family != stepper.family:
+            raise ValueError(f"Expected the family given to init, {stepper.family!r}, got {given.family!r}.")
+        if not torch.equal(given.velocity, current.state.velocity):
             latents = stepper.encode(_checked(given)[None])
         time = given.time
         for n in range(num_steps):
@@ -143,7 +145,7 @@ class Surrogate:
     def restore(self, token: Snapshot) -> State:
         """Go back to a snapshot and return its state."""
         self._current = token
-        return token.state
+        return _copied(token.state)
 
     def _require(self) -> Snapshot:
         if self._current is None:
@@ -153,11 +155,16 @@ class Surrogate:
     def _remember(self, state: State, latents: Tensor, stepper: LatentStepper) -> State:
         state = state.with_fields(velocity=stepper.decode(latents)[0])
         self._current = Snapshot(state, latents, stepper)
-        return state
+        return _copied(state)
+
+
+def _copied(state: State) -> State:
+    """The same state with a flux of its own, so that a solver that works in place leaves ours as it was."""
+    return state.with_fields(velocity=state.velocity.clone())
 
 
 def _tensor(flux: Tensor | np.ndarray) -> Tensor:
-    return torch.from_numpy(flux) if isinstance(flux, np.ndarray) else flux
+    return torch.from_numpy(np.array(flux, dtype=np.float64)) if isinstance(flux, np.ndarray) else flux.double()
 
 
 def _checked(state: State) -> Tensor:
@@ -166,7 +173,7 @@ def _checked(state: State) -> Tensor:
         raise ValueError(f"Expected one flux of shape {(3, *state.grid.shape)}, got {tuple(flux.shape)}.")
     if not bool(torch.isfinite(flux).all()):
         raise ValueError("Expected a finite flux, got NaN or infinite values; step back to a snapshot.")
-    return flux
+    return flux.double()
 
 
 def _same_geometry(a: Geometry, b: Geometry) -> bool:

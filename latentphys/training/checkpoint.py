@@ -112,7 +112,7 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
     for key, value in tensors.items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
-    groups = json.loads((path / "trainer.json").read_text())["param_groups"]
+    groups = _read_json(path / "trainer.json").get("param_groups")
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
@@ -129,15 +129,27 @@ def open_checkpoint(path: str | Path, kind: str | None = None) -> Checkpoint:
     if not folder.exists():
         raise ValueError(f"Expected a checkpoint or a run directory, got {folder}, which does not exist.")
     if (folder / LAST).is_file():
-        folder = folder / json.loads((folder / LAST).read_text())["checkpoint"]
+        folder = folder / str(_read_json(folder / LAST).get("checkpoint"))
     file = folder / "checkpoint.json"
-    try:
-        data = json.loads(file.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
-        raise ValueError(f"Expected a checkpoint or a run directory, got {path}, without a readable {file.name}.") from None
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        schema = data.get("schema") if isinstance(data, dict) else None
-        raise ValueError(f"Expected a checkpoint of schema {SCHEMA!r}, got {schema!r} in {file}; this version reads no other.")
+    data = _read_json(file)
+    if data.get("schema") != SCHEMA:
+        raise ValueError(
+            f"Expected a checkpoint of schema {SCHEMA!r}, got {data.get('schema')!r} in {file}; this version reads no other."
+        )
+    missing = sorted({"kind", "config", "extra", "step"} - set(data))
+    if missing:
+        raise ValueError(f"Expected a complete checkpoint, got no {missing[0]!r} in {file}.")
     if kind is not None and data["kind"] != kind:
         raise ValueError(f"Expected a checkpoint of kind {kind!r}, got one of kind {data['kind']!r} in {folder}.")
     return Checkpoint(folder, data["kind"], data["config"], data["extra"], data["step"])
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint or run."""
+    try:
+        data = json.loads(file.read_text())
+    except (OSError, ValueError):
+        data = None
+    if not isinstance(data, dict):
+        raise ValueError(f"Expected a checkpoint or a run directory, got {file.parent}, without a readable {file.name}.")
+    return data

@@ -11,6 +11,7 @@ from latentphys.autoencoders import Autoencoder
 from latentphys.data import Store, create_store
 from latentphys.fields import FieldSpec
 from latentphys.grid import Geometry, Grid
+from latentphys.training.checkpoint import open_checkpoint
 
 LATENT = FieldSpec("latent", "vector", "1")
 
@@ -30,9 +31,14 @@ def encode_store(
 
     The latent store names its source and the checkpoint in its attributes; geometry and parameters stay with the source.
 
+    Args:
+        checkpoint: where the autoencoder was loaded from: a checkpoint, or a run directory for its newest one.
+
     Raises:
         ValueError: a store that the autoencoder cannot take, or an existing path without `overwrite`.
     """
+    if Path(out).resolve() == store.path.resolve():
+        raise ValueError(f"Expected another path than the store's own, got {out}; the latents would replace the fields.")
     autoencoder.scale(store.family).check(store.grid)
     shape = autoencoder.latent_shape(store.grid)
     sx, sy, sz = (h * autoencoder.compression for h in store.grid.spacing)
@@ -46,7 +52,10 @@ def encode_store(
         dtype="float32",
         layout="latent",
         channels=autoencoder.latent_channels,
-        attributes={"source": str(store.path.resolve()), "checkpoint": str(Path(checkpoint).resolve())},
+        attributes={
+            "source": str(store.path.resolve()),
+            "checkpoint": str(open_checkpoint(checkpoint, "autoencoder").path.resolve()),
+        },
         overwrite=overwrite,
     )
     with writer:

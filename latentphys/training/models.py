@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
+
+from torch import nn
 
 from latentphys.autoencoders import Autoencoder, FamilyScale
 from latentphys.data import Store
@@ -26,20 +29,35 @@ def build(config: Config, **arguments: Any) -> Any:
 
     try:
         return instantiate({**config, "_partial_": True, "_convert_": "all"})(**arguments)
-    except InstantiationException as error:
-        raise ValueError(f"Expected settings that {config.get('_target_')} takes: {' '.join(str(error).split())}") from None
+    except (InstantiationException, TypeError) as error:
+        raise ValueError(f"Expected settings that {config.get('_target_')} takes: {' '.join(str(error).split())}") from error
+
+
+def _check_classes(config: Any, path: Path) -> None:
+    """Refuse a checkpoint that would call anything but network modules when it is loaded."""
+    if isinstance(config, Mapping):
+        if "_target_" in config:
+            try:
+                target = resolve_name(str(config["_target_"]))
+            except (ImportError, AttributeError, ValueError):
+                target = None
+            if not (isinstance(target, type) and issubclass(target, nn.Module)):
+                raise ValueError(f"Expected network modules that can be imported in {path}, got {config['_target_']}.")
+        for value in config.values():
+            _check_classes(value, path)
+    elif isinstance(config, list):
+        for value in config:
+            _check_classes(value, path)
 
 
 def new_autoencoder(config: Config, stores: Sequence[Store]) -> Autoencoder:
     """An untrained autoencoder scaled to the statistics of some stores.
 
     Raises:
-        ValueError: two stores of one family, or a grid that the compression does not divide.
+        ValueError: a store without a velocity, or a grid that the compression does not divide.
     """
     scales = {}
     for store in stores:
-        if store.family in scales:
-            raise ValueError(f"Expected one store per family, got two of {store.family!r}.")
         if "velocity" not in store.specs:
             raise ValueError(f"Expected a field 'velocity' in {store.path}, got {sorted(store.specs)}.")
         scales[store.family] = FamilyScale.from_statistics(store.grid, store.statistics()["velocity"])
@@ -61,6 +79,7 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
         ValueError: see `open_checkpoint`.
     """
     checkpoint = open_checkpoint(path, "autoencoder")
+    _check_classes(checkpoint.config, checkpoint.path)
     scales = {family: FamilyScale.from_dict(data) for family, data in checkpoint.extra["scales"].items()}
     model: Autoencoder = build(checkpoint.config, scales=scales)
     checkpoint.load_into(model)
@@ -87,6 +106,7 @@ def load_dynamics(path: str | Path) -> tuple[Dynamics, Autoencoder]:
         ValueError: see `open_checkpoint`.
     """
     checkpoint = open_checkpoint(path, "dynamics")
+    _check_classes(checkpoint.config, checkpoint.path)
     extra = checkpoint.extra
     conditioning = Conditioning.from_dict(extra["conditioning"])
     model = new_dynamics(checkpoint.config, extra["latent_channels"], conditioning, extra["intervals"])

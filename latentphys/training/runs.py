@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,7 @@ Config = Mapping[str, Any]
 def train_autoencoder(config: Config) -> Path:
     """Train an autoencoder on field stores, as ``train.yaml`` describes; returns the last checkpoint."""
     stores = _open(config["stores"])
+    _check_families(stores)
     trainer: Trainer = build(config["trainer"])
     torch.manual_seed(trainer.seed)
     model = new_autoencoder(config["autoencoder"], stores)
@@ -45,22 +47,24 @@ def train_dynamics(config: Config) -> Path:
     for store in stores:
         if "latent" not in store.specs:
             raise ValueError(f"Expected a latent store, got {store.path}; make one with `latentphys encode`.")
+    _check_families(stores)
     checkpoints = sorted({store.attributes["checkpoint"] for store in stores})
     if len(checkpoints) > 1:
         raise ValueError(f"Expected latents of one autoencoder, got those of {', '.join(checkpoints)}.")
     sources = _open([store.attributes["source"] for store in stores])
+    for store, source in zip(stores, sources, strict=True):
+        if len(store) != len(source) or not np.array_equal(store.times, source.times):
+            raise ValueError(f"Expected {store.path} to hold the latents of {source.path}, got others; encode it again.")
     autoencoder = load_autoencoder(checkpoints[0])
     trainer: Trainer = build(config["trainer"])
     torch.manual_seed(trainer.seed)
     settings = config["dynamics_training"]
     train, test = _split(stores, config["held_out"])
     conditioning = Conditioning.fit(sources)
-    intervals = {store.family: float(store.times[settings["stride"]] - store.times[0]) for store in stores}
+    intervals = {store.family: _interval(store, settings) for store in stores}
     dynamics = new_dynamics(config["dynamics"], autoencoder.latent_channels, conditioning, intervals)
     dynamics.fit_scales(stores, train, settings["stride"])
     length = dynamics.num_frames + settings["unroll"]
-    strides = {num_intervals(store, intervals[store.family]) for store in stores}
-    assert strides == {settings["stride"]}
 
     def windows(trajectories: Sequence[Sequence[int]]) -> Windows:
         return Windows(stores, "latent", length, settings["stride"], trajectories, cache=True)
@@ -79,6 +83,26 @@ def train_dynamics(config: Config) -> Path:
         balance_loss=settings["balance_loss"],
     )
     return trainer.fit(task, Path(config["run"]), config, config["resume"])
+
+
+def _check_families(stores: Sequence[Store]) -> None:
+    families = [store.family for store in stores]
+    for family in families:
+        if families.count(family) > 1:
+            raise ValueError(f"Expected one store per family, got {families.count(family)} of {family!r}.")
+
+
+def _interval(store: Store, settings: Config) -> float:
+    """Δt of the model's steps [s] in a store with even snapshots."""
+    stride, unroll = settings["stride"], settings["unroll"]
+    if stride < 1 or unroll < 1 or stride >= store.num_times:
+        raise ValueError(
+            f"Expected unroll ≥ 1 and a stride from 1 to {store.num_times - 1}, the snapshots of {store.path} less one, "
+            f"got {unroll} and {stride}."
+        )
+    interval = float(store.times[stride] - store.times[0])
+    assert num_intervals(store, interval) == stride
+    return interval
 
 
 def _sample(store: Store, trajectories: Sequence[int], most: int = 64) -> Tensor:

@@ -114,7 +114,9 @@ class DynamicsTask(Task):
         autoencoder: the model that made the latents; only copied into checkpoints.
         sources: the field store that each latent store was encoded from, for geometry and parameters.
         unroll: steps predicted from each window, each from the one before. Default 1.
-        input_noise: standard deviation of noise on the input latents, in units of their increments' spread.
+        input_noise: size of the noise on the input latents, in units of their increments' spread: white noise, and an
+            offset of each channel as a whole, which is how rollouts drift. Good values: as large as the model's own
+            one-step error, 0.2…0.5.
         balance: moves the routers' biases after every step.
         balance_loss: weight of the auxiliary load loss. Default 0: the bias alone balances.
         config: the model's configuration, for its checkpoint.
@@ -155,7 +157,7 @@ class DynamicsTask(Task):
         geometry = torch.cat([_latent_geometry(source, int(i), self.compression) for i in batch.trajectories])
         frames = list(batch.values[:, :k].unbind(1))
         if self.training and self.input_noise:
-            frames = [f + self.input_noise * self.dynamics.increment_std * torch.randn_like(f) for f in frames]
+            frames = [f + self.input_noise * self.dynamics.increment_std * _noise(f) for f in frames]
         errors, routings = [], []
         for n in range(window.length - k):
             condition = self._condition(source, batch, (k - 1 + n) * stride, stride).to(frames[0])
@@ -215,6 +217,11 @@ class DynamicsTask(Task):
                 step=0,
             ),
         )
+
+
+def _noise(latent: Tensor) -> Tensor:
+    """Unit white noise plus a unit offset for each sample and channel."""
+    return torch.randn_like(latent) + torch.randn_like(latent[..., :1, :1, :1])
 
 
 def _counts(routings: list[list[Routing]]) -> list[Tensor]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,7 +46,11 @@ class Trainer:
         seed: of batches, noise and initial weights.
         log_every, test_every, checkpoint_every: steps between log lines, tests on held-out data, checkpoints.
         test_batches: batches per test.
-        mixed_precision: ``no | bf16``, of accelerate. The Helmholtz head and the routers stay in FP32.
+        mixed_precision: ``no | bf16``, of accelerate; None for what ``accelerate launch`` was told. The Helmholtz head
+            and the routers stay in FP32.
+
+    Raises:
+        ValueError: a number below 1 where one must be at least that.
     """
 
     num_steps: int
@@ -58,22 +64,29 @@ class Trainer:
     test_every: int = 100
     checkpoint_every: int = 100
     test_batches: int = 4
-    mixed_precision: str = "no"
+    mixed_precision: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch_size", "log_every", "test_every", "checkpoint_every", "test_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Expected {name} ≥ 1, got {getattr(self, name)}.")
 
     def fit(self, task: Task, run: Path, about: Mapping[str, Any], resume: bool = True) -> Path:
         """Train a task in a run directory, from its newest checkpoint where there is one.
 
         Args:
-            run: holds ``config.json``, ``log.jsonl``, checkpoints and ``last.json``, which names the newest.
+            run: holds ``config.json``, ``log.jsonl``, the two newest checkpoints and ``last.json``, which names the
+                newest. The log of a resumed run goes on behind its checkpoint: lines beyond are taken out.
             about: the run's whole configuration, recorded in it.
-            resume: False starts over.
+            resume: False starts over, and removes the checkpoints that are there.
 
         Returns:
             The last checkpoint.
 
         Raises:
-            ValueError: a run directory whose checkpoint belongs to another model.
-            FloatingPointError: a loss that is not finite.
+            ValueError: a run directory whose checkpoint belongs to another model, or a batch size that is not a
+                multiple of the number of processes or larger than a store.
+            FloatingPointError: a loss or gradient that is not finite; the weights are as before that step.
         """
         from accelerate import Accelerator
         from accelerate.utils import DistributedDataParallelKwargs
@@ -88,15 +101,19 @@ class Trainer:
                 f"Expected a batch size that is a multiple of the {accelerator.num_processes} processes, "
                 f"got {self.batch_size}."
             )
+        for step in range(len(task.stores())):  # one of each store: a batch that is too large is refused here
+            self._batch(task, step, accelerator)
         optimizer = torch.optim.AdamW(self._parameter_groups(task), lr=self.learning_rate)
         first = self._resume(task, optimizer, run) if resume else 0
         wrapped, prepared = accelerator.prepare(task, optimizer)
         main = accelerator.is_main_process
         if main:
             run.mkdir(parents=True, exist_ok=True)
+            if not resume:
+                _remove_checkpoints(run)
             checkpoint.write_json(run / "config.json", about)
-        log = _Log(run / "log.jsonl" if main else None)
-        last = run / f"step-{self.num_steps:06d}"
+        log = _Log(run / "log.jsonl" if main else None, first)
+        last = run / f"step-{max(first, self.num_steps):06d}"
         with _progress(main) as bar:
             line = bar.add_task(f"train {task.kind}", total=self.num_steps, completed=first, figures="")
             for step in range(first, self.num_steps):
@@ -107,9 +124,9 @@ class Trainer:
                 wrapped.train()
                 with accelerator.autocast():
                     output: Output = wrapped(batch)
-                self._check(output.loss, step, batch, accelerator)
                 accelerator.backward(output.loss)
                 norm = accelerator.clip_grad_norm_(wrapped.parameters(), self.clip)
+                self._check(output.loss, norm, step, batch, accelerator)
                 prepared.step()
                 prepared.zero_grad()
                 with torch.no_grad():
@@ -154,11 +171,12 @@ class Trainer:
         return _to(batch, accelerator.device)
 
     @staticmethod
-    def _check(loss: Tensor, step: int, batch: Batch, accelerator: Any) -> None:
-        if not bool(torch.isfinite(loss)):
+    def _check(loss: Tensor, norm: Tensor, step: int, batch: Batch, accelerator: Any) -> None:
+        if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
             raise FloatingPointError(
-                f"The loss became {float(loss)} at step {step} on rank {accelerator.process_index} (store {batch.store}, "
-                f"trajectories {batch.trajectories.tolist()}); lower the learning rate. The last checkpoint is intact."
+                f"The loss became {loss.item():g}, its gradient {norm.item():g}, at step {step} on rank "
+                f"{accelerator.process_index} (store {batch.store}, trajectories {batch.trajectories.tolist()}); "
+                "look for NaN in the data or lower the learning rate. The last checkpoint is intact."
             )
 
     @staticmethod
@@ -172,26 +190,43 @@ class Trainer:
 
     @staticmethod
     def _save(task: Task, optimizer: torch.optim.Optimizer, run: Path, step: int) -> None:
-        import shutil
-
         path = run / f"step-{step:06d}"
         task.save(path, step, optimizer)
         checkpoint.write_json(run / checkpoint.LAST, {"checkpoint": path.name})
-        for older in sorted(run.glob("step-*"))[:-2]:
+        for older in sorted(run.glob("step-*"), key=lambda p: (len(p.name), p.name))[:-2]:
             shutil.rmtree(older, ignore_errors=True)
 
 
-class _Log:
-    """Appends JSON lines; with no path, nothing."""
+def _remove_checkpoints(run: Path) -> None:
+    (run / checkpoint.LAST).unlink(missing_ok=True)
+    for old in run.glob("step-*"):
+        shutil.rmtree(old)
 
-    def __init__(self, path: Path | None) -> None:
+
+class _Log:
+    """Appends JSON lines; with no path, nothing. Lines of steps after `first`, and of a cut-off write, are taken out."""
+
+    def __init__(self, path: Path | None, first: int) -> None:
         self.path, self.start = path, time.perf_counter()
+        if path is not None and path.is_file():
+            kept = [line + "\n" for line in path.read_text().splitlines() if _step_of(line) <= first]
+            temporary = path.with_name(f".{path.name}.partial")
+            temporary.write_text("".join(kept))
+            os.replace(temporary, path)
 
     def write(self, **figures: Any) -> None:
         if self.path is not None:
             seconds = round(time.perf_counter() - self.start, 3)
             with self.path.open("a") as file:
                 file.write(json.dumps({**figures, "seconds": seconds}) + "\n")
+
+
+def _step_of(line: str) -> float:
+    """The step of a log line; infinite where the line is not whole."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
 
 
 def _seed(seed: int, step: int, rank: int) -> int:

@@ -84,7 +84,14 @@ class Conditioning:
         Args:
             now, then: parameters at t and at t + Δt.
             dt: Δt [s].
+
+        Raises:
+            ValueError: a parameter that no family had in training, or one of another size or sign.
         """
+        names = {p.name for p in self.parameters}
+        unknown = sorted((set(now) | set(then)) - names)
+        if unknown:
+            raise ValueError(f"Expected parameters among {sorted(names)}, got {unknown[0]!r}; the model knows no other.")
         parts = [np.array([np.log(dt) / 5])]
         for p in self.parameters:
             for values in (now, then) if p.varying else (now,):

@@ -1,0 +1,91 @@
+"""On what a benchmark ran, how long something takes there, and where the results go."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def describe(device: str) -> dict[str, Any]:
+    """Processor, cores, threads, load and versions, and the GPU where that is the device."""
+    about: dict[str, Any] = {
+        "cpu": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    if device.startswith("cuda"):
+        about["gpu"] = torch.cuda.get_device_name(device)
+    return about
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the options of every benchmark."""
+    result = argparse.ArgumentParser(description=description)
+    result.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
+    result.add_argument("--threads", type=int, default=2, help="CPU threads (default %(default)s)")
+    result.add_argument("--json", type=Path, metavar="PATH", help="append one JSON line per result to this file")
+    return result
+
+
+class Results:
+    """Prints each result, and appends it to a file of JSON lines together with the machine."""
+
+    def __init__(self, benchmark: str, arguments: argparse.Namespace) -> None:
+        torch.set_num_threads(arguments.threads)
+        self.benchmark, self.path, self.device = benchmark, arguments.json, arguments.device
+        print(json.dumps(describe(self.device)), flush=True)
+
+    def add(self, case: str, figures: Mapping[str, Any]) -> None:
+        """One result: numbers by name, the unit at the end of the name where there is one."""
+        print(f"{case:<34}" + "  ".join(f"{name} {_short(value)}" for name, value in figures.items()), flush=True)
+        if self.path is not None:
+            line = {"benchmark": self.benchmark, "case": case, **figures, "machine": describe(self.device)}
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) and value else str(value)
+
+
+def elapsed(work: Callable[[], Any], device: str) -> float:
+    """How long some work takes, until a GPU has finished it [s]."""
+    return timed(work, device, repeats=0)[1]
+
+
+def timed(work: Callable[[], T], device: str, repeats: int = 3) -> tuple[T, float]:
+    """What some work returns, and its shortest time of some runs after one that warms up, or of one run alone [s]."""
+    times = []
+    for _ in range(repeats + 1):
+        synchronise(device)
+        begin = time.perf_counter()
+        result = work()
+        synchronise(device)
+        times.append(time.perf_counter() - begin)
+    return result, min(times[1:] or times)
+
+
+def synchronise(device: str) -> None:
+    """Wait for a GPU to finish."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()

@@ -1,0 +1,84 @@
+"""The whole road on 16³ cells, in seconds: stores of both families, a trained autoencoder, its latents, a trained
+dynamics model. What it learns is worthless; what it does to a flow must hold for any weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from latentphys.configuration import compose
+from latentphys.data import Store, open_store
+from latentphys.families import OpenChannel, Porous, simulate
+from latentphys.training import encode_store, load_autoencoder, train_autoencoder, train_dynamics
+
+SHAPE = (16, 16, 16)
+NUM_TRAJECTORIES, NUM_FRAMES = 4, 6
+FAMILIES = {"channel": OpenChannel(spin_up=0.01), "porous": Porous(spin_up=0.01)}
+
+MODEL = {
+    "autoencoder": [
+        "autoencoder.latent_channels=8",
+        "autoencoder.widths=[8,16]",
+        "autoencoder.num_blocks=[1,1]",
+    ],
+    "dynamics": ["dynamics.dim=32", "dynamics.depth=2", "dynamics.num_heads=2", "dynamics.hidden=32"],
+}
+TRAINER = [
+    "held_out=1",
+    "trainer.num_steps=6",
+    "trainer.batch_size=2",
+    "trainer.warmup=2",
+    "trainer.log_every=2",
+    "trainer.test_every=3",
+    "trainer.test_batches=1",
+    "trainer.checkpoint_every=2",
+]
+
+
+@dataclass(frozen=True)
+class Road:
+    """Paths of everything that was made, by family where there is one for each."""
+
+    fields: dict[str, Path]
+    autoencoder: Path
+    latents: dict[str, Path]
+    dynamics: Path
+
+    def store(self, family: str) -> Store:
+        return open_store(self.fields[family])
+
+    def inputs(self, kind: str) -> list[Path]:
+        """The stores that a model of this kind is trained on."""
+        return list((self.fields if kind == "autoencoder" else self.latents).values())
+
+
+def arguments(kind: str, stores: Sequence[Path], run: Path, *overrides: str) -> list[str]:
+    """What follows ``latentphys train`` for a small model."""
+    unique = {text.partition("=")[0]: text for text in [*MODEL[kind], *TRAINER, *overrides]}
+    return [kind, f"stores=[{','.join(map(str, stores))}]", f"run={run}", *unique.values()]
+
+
+def configuration(kind: str, stores: Sequence[Path], run: Path, *overrides: str) -> dict[str, Any]:
+    return compose("train", [f"trainer={kind}", *arguments(kind, stores, run, *overrides)[1:]])
+
+
+def train(kind: str, stores: Sequence[Path], run: Path, *overrides: str) -> Path:
+    """Train a small model; returns its last checkpoint."""
+    run_training = train_autoencoder if kind == "autoencoder" else train_dynamics
+    return run_training(configuration(kind, stores, run, *overrides))
+
+
+def build_road(folder: Path) -> Road:
+    fields = {name: folder / f"{name}.zarr" for name in FAMILIES}
+    for name, family in FAMILIES.items():
+        simulate(family, fields[name], shape=SHAPE, num_trajectories=NUM_TRAJECTORIES, num_frames=NUM_FRAMES)
+    autoencoder = train("autoencoder", list(fields.values()), folder / "autoencoder")
+    latents = {name: folder / f"{name}.latent.zarr" for name in FAMILIES}
+    model = load_autoencoder(autoencoder)
+    for name, path in latents.items():
+        encode_store(model, open_store(fields[name]), path, checkpoint=str(autoencoder))
+    dynamics = train("dynamics", list(latents.values()), folder / "dynamics")
+    return Road(fields, autoencoder.parent, latents, dynamics.parent)

@@ -1,0 +1,145 @@
+"""A run that was stopped anywhere and resumed has the weights of one that was not; so has one on two processes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small import Road, arguments, train
+
+from latentphys.training import Trainer, checkpoint, open_checkpoint
+
+KINDS = ("autoencoder", "dynamics")
+LAUNCH = Path(__file__).parent.parent / "configs" / "accelerate" / "cpu_2proc.yaml"
+PROGRAM = """
+import os
+import sys
+from pathlib import Path
+
+from latentphys.cli import main
+
+rank = os.environ["RANK"]
+refused = main(["train", *sys.argv[2:], "trainer.batch_size=3"])
+status = main(["train", *sys.argv[2:]])
+from accelerate import PartialState
+
+Path(sys.argv[1], f"rank{rank}").write_text(f"{PartialState().num_processes} {refused} {status}")
+"""
+
+
+def assert_bit_equal(run: Path, other: Path) -> None:
+    a, b = open_checkpoint(run), open_checkpoint(other)
+    assert a.step == b.step
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        x, y = load_file(a.path / name), load_file(b.path / name)
+        assert set(x) == set(y)
+        assert not [key for key in x if not torch.equal(x[key], y[key])]
+
+
+def steps(run: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("moment", ["during step 2", "during the save of step 4", "before the save of step 4 is named"])
+def test_an_interrupted_run_resumes_to_the_same_bits(
+    road: Road, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, moment: str
+) -> None:
+    """The uninterrupted run is the one of `road`; the log comes out the same too."""
+    run = tmp_path / "run"
+
+    def stops(original: Callable[..., object], when: Callable[..., bool]) -> Callable[..., object]:
+        def stopping(*given: object, **named: object) -> object:
+            if when(*given):
+                raise KeyboardInterrupt
+            return original(*given, **named)
+
+        return staticmethod(stopping)
+
+    with monkeypatch.context() as patched:
+        if moment == "during step 2":
+            patched.setattr(Trainer, "_check", stops(Trainer._check, lambda loss, norm, step, *_: step == 2))
+        elif moment == "during the save of step 4":
+            patched.setattr(checkpoint, "save_file", stops(checkpoint.save_file, lambda _, path: "step-000004" in str(path)))
+        else:
+            write = stops(checkpoint.write_json, lambda path, data: data == {"checkpoint": "step-000004"})
+            patched.setattr(checkpoint, "write_json", write)
+        with pytest.raises(KeyboardInterrupt):
+            train(kind, road.inputs(kind), run)
+    assert open_checkpoint(run).step == 2
+    train(kind, road.inputs(kind), run)
+    whole = road.autoencoder.parent / kind
+    assert_bit_equal(run, whole)
+    assert steps(run) == steps(whole) == [2, 3, 4, 6, 6]
+    assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in whole.iterdir())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_run_resumes_to_the_same_bits(road: Road, tmp_path: Path, kind: str) -> None:
+    """SIGKILL as soon as a checkpoint is there, wherever the run then is; the last log line may be cut off."""
+    run, settings = tmp_path / "run", ["trainer.num_steps=300", "trainer.warmup=0", "trainer.checkpoint_every=1"]
+    command = [sys.executable, "-m", "latentphys", "train", *arguments(kind, road.inputs(kind), run, *settings)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (run / "last.json").is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -9
+    stopped = open_checkpoint(run).step
+    assert 1 <= stopped < 300
+    with (run / "log.jsonl").open("a") as log:
+        log.write('{"step": 2')
+    more = [f"trainer.num_steps={stopped + 3}", "trainer.learning_rate=1e-4", *settings[1:]]
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    train(kind, road.inputs(kind), run, *more)
+    train(kind, road.inputs(kind), copy, *more)
+    assert_bit_equal(run, copy)
+    assert open_checkpoint(run).step == stopped + 3
+    assert steps(run) == sorted(steps(run))
+
+
+def test_a_finished_run_stays_as_it_is(road: Road, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(road.dynamics, tmp_path / "run"))
+    for num_steps in (6, 4):
+        assert train("dynamics", road.inputs("dynamics"), run, f"trainer.num_steps={num_steps}") == run / "step-000006"
+        assert_bit_equal(run, road.dynamics)
+
+
+def test_starting_over_forgets_the_run_before(road: Road, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(road.dynamics, tmp_path / "run"))
+    last = train("dynamics", road.inputs("dynamics"), run, "resume=false", "trainer.num_steps=3")
+    assert last == open_checkpoint(run).path == run / "step-000003"
+    assert sorted(path.name for path in run.glob("step-*")) == ["step-000002", "step-000003"]
+    assert steps(run) == [2, 3, 3]
+
+
+def test_two_processes_give_the_weights_of_one(road: Road, tmp_path: Path) -> None:
+    """With the same batch over all of them, to FP32 rounding; noise is drawn by each process, so it is off here."""
+    quiet = {"autoencoder": "autoencoder.latent_noise=0", "dynamics": "dynamics_training.input_noise=0"}
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH), str(script)]
+    processes = {}
+    for kind in KINDS:
+        (tmp_path / kind).mkdir()
+        settings = arguments(kind, road.inputs(kind), tmp_path / f"{kind}-2", quiet[kind])
+        processes[kind] = subprocess.Popen(
+            [*launch, str(tmp_path / kind), *settings], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+        )
+    for kind, process in processes.items():
+        train(kind, road.inputs(kind), tmp_path / f"{kind}-1", quiet[kind])
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        assert {path.name: path.read_text() for path in (tmp_path / kind).iterdir()} == {"rank0": "2 2 0", "rank1": "2 2 0"}
+        assert "Expected a batch size that is a multiple of the 2 processes, got 3." in errors
+        one, two = (load_file(open_checkpoint(tmp_path / f"{kind}-{n}").path / "model.safetensors") for n in (1, 2))
+        for name in one:
+            torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
