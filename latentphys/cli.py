@@ -131,18 +131,24 @@ def validate(arguments: argparse.Namespace) -> int:
 
     references = arguments.reference or [None] * len(arguments.stores)
     if len(references) != len(arguments.stores):
-        raise ValueError(f"Expected one --reference per store, got {len(references)} for {len(arguments.stores)} stores.")
+        raise ValueError(
+            f"Expected one --reference per store, got {len(references)} for {len(arguments.stores)} stores."
+        )
     reconstruct: Callable[[Any], Any] | None = None
     if arguments.checkpoint:
         is_dynamics = open_checkpoint(arguments.checkpoint).kind == "dynamics"
         load = (lambda path: load_dynamics(path)[1]) if is_dynamics else load_autoencoder
         reconstruct = _reconstruction(load(arguments.checkpoint))
-    pairs = [(open_store(s), None if r is None else open_store(r)) for s, r in zip(arguments.stores, references, strict=True)]
+    pairs = [
+        (open_store(s), None if r is None else open_store(r)) for s, r in zip(arguments.stores, references, strict=True)
+    ]
     validations, pictures = [], []
     with progress_bar() as bar:
         for store, reference in pairs:
             line = bar.add_task(f"validate {store.family}", total=len(store) * store.num_times)
-            validations.append(run(store, reference, reconstruct, lambda done, total, line=line: bar.update(line, completed=done)))
+            validations.append(
+                run(store, reference, reconstruct, lambda done, total, line=line: bar.update(line, completed=done))
+            )
         if arguments.pictures:
             line = bar.add_task("render", total=len(pairs))
             for store, reference in pairs:
@@ -207,7 +213,13 @@ def _print_checks(checks: Sequence[Any]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for column, justify in (("family", "left"), ("check", "left"), ("value", "right"), ("threshold", "right"), ("verdict", "left")):
+    for column, justify in (
+        ("family", "left"),
+        ("check", "left"),
+        ("value", "right"),
+        ("threshold", "right"),
+        ("verdict", "left"),
+    ):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for c in checks:
         threshold = "" if c.threshold is None else f"{c.criterion} {c.threshold:.4g}"
@@ -243,8 +255,13 @@ def parser() -> argparse.ArgumentParser:
         "examples:\n  latentphys simulate family=channel size=tiny out=channel.zarr\n"
         "  latentphys simulate family=porous grid.shape=[64,64,64] trajectories=16 out=porous.zarr",
     )
-    sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides: family=channel|porous, "
-                     "size=tiny|small|base, grid.shape, trajectories, frames, seed, out, device, overwrite, family.…")
+    sub.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="Hydra overrides: family=channel|porous, "
+        "size=tiny|small|base, grid.shape, trajectories, frames, seed, out, device, overwrite, family.…",
+    )
 
     sub = verb(
         train,
@@ -253,8 +270,12 @@ def parser() -> argparse.ArgumentParser:
         "  accelerate launch -m latentphys train dynamics stores=[channel.latent.zarr,porous.latent.zarr] run=runs/dynamics",
     )
     sub.add_argument("model", choices=("autoencoder", "dynamics"))
-    sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides: stores=[…], run=DIR, "
-                     "router=top1|random|dense, trainer.num_steps=…, experiment=…")
+    sub.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="Hydra overrides: stores=[…], run=DIR, router=top1|random|dense, trainer.num_steps=…, experiment=…",
+    )
 
     sub = verb(encode, "encode a store of fields into a store of latents")
     sub.add_argument("checkpoint", help="an autoencoder's checkpoint or run directory")
@@ -269,7 +290,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--steps", type=int, default=16, help="intervals to advance (default %(default)s)")
     sub.add_argument("--start", type=int, default=0, help="snapshot to start from (default %(default)s)")
     sub.add_argument("--trajectories", type=int, nargs="+", help="which trajectories (default: the held-out ones)")
-    sub.add_argument("--held-out", type=_share, default=0.15, help="share or number held out (default %(default)s, as in training)")
+    sub.add_argument(
+        "--held-out", type=_share, default=0.15, help="share or number held out (default %(default)s, as in training)"
+    )
     sub.add_argument("--overwrite", action="store_true", help="replace OUT")
 
     sub = verb(validate, "measure conservation, errors and statistics in FP64 and write a report")
@@ -299,7 +322,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _share(text: str) -> float | int:
-    return float(text) if "." in text else int(text)
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"Expected a share such as 0.15 or a number such as 3, got {text!r}.") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

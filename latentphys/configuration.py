@@ -41,7 +41,9 @@ def _check_types(default: Any, value: Any, name: str) -> None:
         for key in default.keys() & value.keys():
             _check_types(default[key], value[key], f"{name}.{key}".lstrip("."))
     elif isinstance(default, dict) and value is not None:
-        raise ValueError(f"Expected options for {name!r}, got {value!r}; write {name}.{next(iter(default), 'OPTION')}=….")
+        raise ValueError(
+            f"Expected options for {name!r}, got {value!r}; write {name}.{next(iter(default), 'OPTION')}=…."
+        )
     elif isinstance(default, list):
         if not isinstance(value, list):
             raise ValueError(f"Expected a list for {name!r}, got {value!r}; write {name}=[…].")

@@ -11,6 +11,7 @@ the subtree that hangs on it, a few units of q for most faces.
 from __future__ import annotations
 
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ FLUX_BITS = 46
 
 SMALLEST_EXPONENT = -1074
 """Exponent of the smallest FP64 number above zero."""
+
+
+_GROWN: WeakKeyDictionary[Geometry, list[_SpanningForest]] = WeakKeyDictionary()
 
 
 class Conserved(NamedTuple):
@@ -123,10 +127,18 @@ def _balance(units: Tensor, geometry: Geometry) -> Tensor:
     samples = torch.arange(flat.shape[0]).reshape(shape[:-4])
     trees = torch.arange(max(1, int(np.prod(geometry.batch_shape)))).reshape(geometry.batch_shape)
     which = trees.expand(samples.shape).flatten()
-    for tree, solid in enumerate(geometry.solid.reshape(-1, *geometry.grid.shape)):  # type: ignore[union-attr]
+    for tree, forest in enumerate(_forests(geometry)):
         rows = (which == tree).nonzero().flatten().to(units.device)
-        flat[rows] = _SpanningForest(Geometry(geometry.grid, solid)).carry(flat[rows], net[rows])
+        flat[rows] = forest.carry(flat[rows], net[rows])
     return flat.reshape(shape)
+
+
+def _forests(geometry: Geometry) -> list[_SpanningForest]:
+    """One forest per sample of a geometry, grown once: a time loop asks for them at every step."""
+    if geometry not in _GROWN:
+        solids = geometry.solid.reshape(-1, *geometry.grid.shape)  # type: ignore[union-attr]
+        _GROWN[geometry] = [_SpanningForest(Geometry(geometry.grid, solid)) for solid in solids]
+    return _GROWN[geometry]
 
 
 def _balance_box(units: Tensor, grid: Grid) -> Tensor:

@@ -35,7 +35,9 @@ def _store(path: Path) -> dict[str, Any]:
         "snapshots": f"{store.num_times}, t = {store.times[0]:g} … {store.times[-1]:g} s",
         "grid": " × ".join(map(str, grid.shape)),
         "spacing [m]": " × ".join(f"{h:.4g}" for h in grid.spacing),
-        "boundaries": " | ".join(f"{axis}: {low}, {high}" for axis, (low, high) in zip("xyz", grid.boundaries, strict=True)),
+        "boundaries": " | ".join(
+            f"{axis}: {low}, {high}" for axis, (low, high) in zip("xyz", grid.boundaries, strict=True)
+        ),
         "parameters": ", ".join(sorted(store.parameters)) or "none",
         "size on disk [MB]": round(sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) / 1e6, 1),
     }

@@ -116,7 +116,9 @@ def rollout_store(
         ValueError: a store too short for the steps asked for, without the trajectories, or one the models do not know.
     """
     if Path(out).resolve() == store.path.resolve():
-        raise ValueError(f"Expected another path than the store's own, got {out}; the rollout would replace its reference.")
+        raise ValueError(
+            f"Expected another path than the store's own, got {out}; the rollout would replace its reference."
+        )
     chosen = list(trajectories)
     if not chosen or not set(chosen) <= set(range(len(store))):
         raise ValueError(f"Expected trajectories from 0 to {len(store) - 1} of {store.path}, got {chosen}.")

@@ -48,7 +48,9 @@ def geometry(family: str) -> Geometry:
     return Geometry(CHANNEL) if family == "channel" else random_geometry(POROUS, fraction=0.3)
 
 
-def small(head: str = "projection", latent_noise: float = 0.0, weights: int | None = 0, tol: float = 1e-6) -> Autoencoder:
+def small(
+    head: str = "projection", latent_noise: float = 0.0, weights: int | None = 0, tol: float = 1e-6
+) -> Autoencoder:
     """An autoencoder of 4³ patches, with all its weights random, those that start at zero too."""
     model = Autoencoder(SCALES, 6, [8, 16], [1, 1], head=HEADS[head](tol), latent_noise=latent_noise)
     if weights is not None:
@@ -120,7 +122,10 @@ def test_a_uniform_flow_passes_the_head_untouched(head: str) -> None:
     if head == "potential":
         raw = torch.cat([torch.zeros_like(raw), velocity / scale.velocity])
         target = target + scale.profile
-    for flux in (HEADS[head]()(raw[None], Geometry(grid), scale), HEADS[head]().exact(raw[None], Geometry(grid), scale)):
+    for flux in (
+        HEADS[head]()(raw[None], Geometry(grid), scale),
+        HEADS[head]().exact(raw[None], Geometry(grid), scale),
+    ):
         torch.testing.assert_close(flux[0].double(), target, rtol=1e-5, atol=1e-5)
 
 
@@ -188,7 +193,10 @@ def test_normalising_and_back_is_the_identity(family: str) -> None:
     ("grid", "message"),
     [
         (box("periodic", SHAPE), "the boundaries this model knows"),
-        (box("channel", SHAPE, (0.7, 1.3, 0.5)), r"the spacing this model knows, \(0.7, 1.3, 0.4\) m, got \(0.7, 1.3, 0.5\)"),
+        (
+            box("channel", SHAPE, (0.7, 1.3, 0.5)),
+            r"the spacing this model knows, \(0.7, 1.3, 0.4\) m, got \(0.7, 1.3, 0.5\)",
+        ),
         (box("channel", (8, 12, 8)), r"the grid of this model's mean profile, \(8, 12, 4\), got \(8, 12, 8\)"),
     ],
 )
@@ -205,7 +213,9 @@ def test_a_larger_box_of_the_same_cells_is_taken() -> None:
 
 def test_what_does_not_fit_is_refused(unchecked: None) -> None:
     odd = box("channel", (6, 12, 4))
-    with pytest.raises(ValueError, match=r"divisible by the compression of 4 per axis, got \(6, 12, 4\); choose multiples of 4"):
+    with pytest.raises(
+        ValueError, match=r"divisible by the compression of 4 per axis, got \(6, 12, 4\); choose multiples of 4"
+    ):
         small().encode(random_flux(odd, 1), Geometry(odd), "channel")
     for wrong in (torch.zeros(1, 5, 2, 3, 1), torch.zeros(1, 6, 2, 3, 2)):
         with pytest.raises(ValueError, match=r"latents of shape \(b, 6, 2, 3, 1\), got \(1, "):

@@ -43,6 +43,10 @@ def assert_bit_equal(run: Path, other: Path) -> None:
         assert not [key for key in x if not torch.equal(x[key], y[key])]
 
 
+def weights(path: Path) -> torch.Tensor:
+    return torch.cat([tensor.flatten().double() for _, tensor in sorted(load_file(path / "model.safetensors").items())])
+
+
 def steps(run: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
 
@@ -67,7 +71,9 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
         if moment == "during step 2":
             patched.setattr(Trainer, "_check", stops(Trainer._check, lambda loss, norm, step, *_: step == 2))
         elif moment == "during the save of step 4":
-            patched.setattr(checkpoint, "save_file", stops(checkpoint.save_file, lambda _, path: "step-000004" in str(path)))
+            patched.setattr(
+                checkpoint, "save_file", stops(checkpoint.save_file, lambda _, path: "step-000004" in str(path))
+            )
         else:
             write = stops(checkpoint.write_json, lambda path, data: data == {"checkpoint": "step-000004"})
             patched.setattr(checkpoint, "write_json", write)
@@ -84,7 +90,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_run_resumes_to_the_same_bits(road: Road, tmp_path: Path, kind: str) -> None:
     """SIGKILL as soon as a checkpoint is there, wherever the run then is; the last log line may be cut off."""
-    run, settings = tmp_path / "run", ["trainer.num_steps=300", "trainer.warmup=0", "trainer.checkpoint_every=1"]
+    run, settings = tmp_path / "run", ["trainer.num_steps=40", "trainer.checkpoint_every=1"]
     command = [sys.executable, "-m", "latentphys", "train", *arguments(kind, road.inputs(kind), run, *settings)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -92,18 +98,13 @@ def test_a_killed_run_resumes_to_the_same_bits(road: Road, tmp_path: Path, kind:
         time.sleep(0.01)
     process.kill()
     assert process.wait() == -9
-    stopped = open_checkpoint(run).step
-    assert 1 <= stopped < 300
+    assert 1 <= open_checkpoint(run).step < 40
     with (run / "log.jsonl").open("a") as log:
         log.write('{"step": 2')
-    more = [f"trainer.num_steps={stopped + 3}", "trainer.learning_rate=1e-4", *settings[1:]]
-    copy = tmp_path / "copy"
-    shutil.copytree(run, copy)
-    train(kind, road.inputs(kind), run, *more)
-    train(kind, road.inputs(kind), copy, *more)
-    assert_bit_equal(run, copy)
-    assert open_checkpoint(run).step == stopped + 3
-    assert steps(run) == sorted(steps(run))
+    train(kind, road.inputs(kind), run, *settings)
+    train(kind, road.inputs(kind), tmp_path / "whole", *settings[:1])
+    assert_bit_equal(run, tmp_path / "whole")
+    assert steps(run) == steps(tmp_path / "whole")
 
 
 def test_a_finished_run_stays_as_it_is(road: Road, tmp_path: Path) -> None:
@@ -132,14 +133,23 @@ def test_two_processes_give_the_weights_of_one(road: Road, tmp_path: Path) -> No
         (tmp_path / kind).mkdir()
         settings = arguments(kind, road.inputs(kind), tmp_path / f"{kind}-2", quiet[kind])
         processes[kind] = subprocess.Popen(
-            [*launch, str(tmp_path / kind), *settings], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+            [*launch, str(tmp_path / kind), *settings],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ,
         )
     for kind, process in processes.items():
         train(kind, road.inputs(kind), tmp_path / f"{kind}-1", quiet[kind])
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
-        assert {path.name: path.read_text() for path in (tmp_path / kind).iterdir()} == {"rank0": "2 2 0", "rank1": "2 2 0"}
+        assert {path.name: path.read_text() for path in (tmp_path / kind).iterdir()} == {
+            "rank0": "2 2 0",
+            "rank1": "2 2 0",
+        }
         assert "Expected a batch size that is a multiple of the 2 processes, got 3." in errors
-        one, two = (load_file(open_checkpoint(tmp_path / f"{kind}-{n}").path / "model.safetensors") for n in (1, 2))
-        for name in one:
-            torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+        one, two, before = (
+            weights(tmp_path / f"{kind}-{n}" / f"step-00000{step}") for n, step in ((1, 6), (2, 6), (1, 4))
+        )
+        # Adam divides rounding by itself where a gradient is zero, so single weights may differ by more than rounding.
+        assert (two - one).norm() < 1e-2 * (one - before).norm()

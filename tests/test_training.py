@@ -60,7 +60,9 @@ def test_an_untrained_dynamics_model_is_persistence_with_loss_one(road: Road) ->
     """The scales of latents and increments: every channel has unit variance and unit increments over the families."""
     dynamics, _ = load_dynamics(road.dynamics)
     latents = [open_store(path) for path in road.latents.values()]
-    x = torch.stack([torch.stack([s.read("latent", i, slice(None)) for i in range(NUM_TRAJECTORIES - 1)]) for s in latents])
+    x = torch.stack(
+        [torch.stack([s.read("latent", i, slice(None)) for i in range(NUM_TRAJECTORIES - 1)]) for s in latents]
+    )
     increments = (x[:, :, 1:] - x[:, :, :-1]) / dynamics.increment_std
     scaled = (x - dynamics.latent_mean) / dynamics.latent_std
     axes = (0, 1, 2, 4, 5, 6)
@@ -79,7 +81,10 @@ def test_the_log_has_losses_and_held_out_figures(road: Road) -> None:
 
 
 def test_checkpoints_give_back_every_bit(road: Road) -> None:
-    for run, model in ((road.autoencoder, load_autoencoder(road.autoencoder)), (road.dynamics, load_dynamics(road.dynamics)[0])):
+    for run, model in (
+        (road.autoencoder, load_autoencoder(road.autoencoder)),
+        (road.dynamics, load_dynamics(road.dynamics)[0]),
+    ):
         last = open_checkpoint(run)
         assert (last.step, last.path.name) == (6, "step-000006")
         assert sorted(p.name for p in run.glob("step-*")) == ["step-000004", "step-000006"]
@@ -89,7 +94,9 @@ def test_checkpoints_give_back_every_bit(road: Road) -> None:
         by_step = load_autoencoder(last.path) if run == road.autoencoder else load_dynamics(last.path)[0]
         assert all(torch.equal(by_step.state_dict()[name], state[name]) for name in state)
     inside, outside = load_dynamics(road.dynamics)[1], load_autoencoder(road.autoencoder)
-    assert all(torch.equal(a, b) for a, b in zip(inside.state_dict().values(), outside.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(inside.state_dict().values(), outside.state_dict().values(), strict=True)
+    )
     flux = road.store("porous").read("velocity", 0, slice(0, 1))
     where = road.store("porous").geometry(0)
     assert torch.equal(inside.encode(flux, where, "porous"), outside.encode(flux, where, "porous"))
@@ -150,7 +157,9 @@ def test_a_checkpoint_cannot_call_what_is_no_network(road: Road, tmp_path: Path,
 
 def test_weights_of_another_architecture_are_refused(road: Road, tmp_path: Path) -> None:
     run = copied(road.autoencoder, tmp_path)
-    with pytest.raises(ValueError, match="weights that fit the model described in .*step-000006, got others: size mismatch"):
+    with pytest.raises(
+        ValueError, match="weights that fit the model described in .*step-000006, got others: size mismatch"
+    ):
         train("autoencoder", road.inputs("autoencoder"), run, "autoencoder.widths=[8,24]", "trainer.num_steps=8")
     with pytest.raises(ValueError, match="a checkpoint of kind 'dynamics', got one of kind 'autoencoder'"):
         train("dynamics", road.inputs("dynamics"), run, "trainer.num_steps=8")
@@ -158,9 +167,14 @@ def test_weights_of_another_architecture_are_refused(road: Road, tmp_path: Path)
 
 def test_nothing_is_pickled() -> None:
     package = Path(latentphys.__file__).parent
-    sources = [*package.rglob("*.py"), *(p for name in ("autoencoders", "routers") for p in (package / name).glob("*.py"))]
+    sources = [
+        *package.rglob("*.py"),
+        *(p for name in ("autoencoders", "routers") for p in (package / name).glob("*.py")),
+    ]
     assert len(sources) > 40
-    unsafe = re.compile(r"torch\.(load|save)\(|import pickle|\bpickle\.(load|dump)|joblib|allow_pickle=True|weights_only")
+    unsafe = re.compile(
+        r"torch\.(load|save)\(|import pickle|\bpickle\.(load|dump)|joblib|allow_pickle=True|weights_only"
+    )
     assert not [source for source in sources if unsafe.search(source.read_text())]
 
 
@@ -191,7 +205,9 @@ def test_stores_that_cannot_be_trained_on_are_refused(road: Road, tmp_path: Path
 
 def test_latents_of_two_autoencoders_are_refused(road: Road, tmp_path: Path) -> None:
     other = train("autoencoder", road.inputs("autoencoder"), tmp_path / "other", "trainer.num_steps=1")
-    path = encode_store(load_autoencoder(other), road.store("porous"), tmp_path / "p.zarr", checkpoint=str(other.parent))
+    path = encode_store(
+        load_autoencoder(other), road.store("porous"), tmp_path / "p.zarr", checkpoint=str(other.parent)
+    )
     assert open_store(path).attributes["checkpoint"] == str(other.resolve())
     with pytest.raises(ValueError, match="latents of one autoencoder, got those of .*step-00000[16], .*step-00000[16]"):
         train("dynamics", [road.latents["channel"], path], tmp_path / "run")
@@ -212,7 +228,9 @@ def test_nan_in_the_data_stops_the_training_and_keeps_the_checkpoint(road: Road,
     array = zarr.open_array(str(store / ("velocity" if kind == "autoencoder" else "latent")), mode="r+")
     array[0, 1] = math.nan
     # Principal components and scales are measured before the first step; they must not hide where the NaN is.
-    with pytest.raises((FloatingPointError, ValueError), match=r"store 0, trajectories \[0\]|fluxes of family 'channel', got NaN"):
+    with pytest.raises(
+        (FloatingPointError, ValueError), match=r"store 0, trajectories \[0\]|fluxes of family 'channel', got NaN"
+    ):
         train(kind, [store], run, *settings, "trainer.num_steps=40")
     kept = load_file(open_checkpoint(run).path / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in kept.values())
@@ -226,14 +244,18 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
     run = copied(road.dynamics, tmp_path)
     before = (run / "step-000006" / "model.safetensors").read_bytes()
     monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda *_: torch.tensor(math.nan))
-    message = r"its gradient nan, at step 6 on rank 0 \(store \d, trajectories \[\d, \d\]\).*The last checkpoint is intact"
+    message = (
+        r"its gradient nan, at step 6 on rank 0 \(store \d, trajectories \[\d, \d\]\).*The last checkpoint is intact"
+    )
     with pytest.raises(FloatingPointError, match=message):
         train("dynamics", road.inputs("dynamics"), run, "trainer.num_steps=9")
     assert open_checkpoint(run).step == 6
     assert (run / "step-000006" / "model.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize("name", ["num_steps", "batch_size", "log_every", "test_every", "checkpoint_every", "test_batches"])
+@pytest.mark.parametrize(
+    "name", ["num_steps", "batch_size", "log_every", "test_every", "checkpoint_every", "test_batches"]
+)
 def test_a_trainer_of_nothing_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"Expected {name} ≥ 1, got 0"):
         Trainer(**{"num_steps": 1, "batch_size": 1, name: 0})

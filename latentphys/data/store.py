@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from torch import Tensor
 
 from latentphys.fields import FieldSpec, State
 from latentphys.grid import Geometry, Grid
+
+if TYPE_CHECKING:
+    import dask.array
 
 SCHEMA = "latentphys.store/1"
 ATTRIBUTES = {
@@ -160,6 +163,17 @@ class Store:
         index = time if isinstance(time, slice) else self._index(time, self.num_times, "time")
         return torch.from_numpy(np.asarray(self.array(name)[trajectory, index]))
 
+    def lazy(self, name: str) -> dask.array.Array:
+        """A field or extra as a dask array over all trajectories and snapshots, in pieces of whole shards.
+
+        Raises:
+            ValueError: no such array.
+        """
+        import dask.array
+
+        array = self.array(name)
+        return dask.array.from_zarr(array, chunks=array.shards or array.chunks)
+
     def __getitem__(self, index: Any) -> State:
         """``store[trajectory, time]``: the state at one snapshot, with the parameters of that time."""
         if not isinstance(index, tuple) or len(index) != 2:
@@ -227,7 +241,9 @@ def _attributes(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):
         attributes = None
     if not isinstance(attributes, dict):
-        raise ValueError(f"Expected a Zarr v3 group at {path}, got something else; import it with `latentphys import`.")
+        raise ValueError(
+            f"Expected a Zarr v3 group at {path}, got something else; make one with `latentphys simulate`."
+        )
     schema = attributes.get("schema")
     if schema is None:
         raise ValueError(f"Expected a store with schema {SCHEMA!r} at {path}, got a Zarr group without a schema.")

@@ -1,6 +1,6 @@
 """Porous-media flow: a periodic sample of randomly packed spheres, driven by a pulsating body force.
 
-The force turns and pulsates about its mean, f(t) = F [m + s cos(2πt/T + φ)] with a phase for each axis, so that
+The force turns and pulsates about its mean, f(t) = F [m + s √⅔ cos(2πt/T + φ)] with a phase for each axis, so that
 inertia, viscosity and the grains act at all times; s = 0 gives the steady problem of Darcy's law. F is chosen by
 Kozeny–Carman so that the superficial velocity is about U = 1 m/s in a sample of side 1 m.
 

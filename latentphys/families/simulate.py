@@ -121,11 +121,9 @@ def simulate(
             members = range(start, min(start + batch_size, num_trajectories))
             geometry = everywhere[start : members.stop]
             first = torch.stack([family.initial(everywhere[i], drawn[i], seed, i) for i in members])
-            recorded = torch.empty(len(members), num_frames, 3, *grid.shape, dtype=torch.float64)
             run = frames(family, geometry, drawn[start : members.stop], first, num_frames, device, compiled)
-            for t, flux in enumerate(run):
-                recorded[:, t] = flux
+            for t, fluxes in enumerate(run):
+                for i, flux in zip(members, fluxes, strict=True):
+                    writer.write("velocity", i, t, flux)
                 progress(len(members))
-            for i, values in zip(members, recorded, strict=True):
-                writer.write("velocity", i, slice(None), values)
     return Path(out)

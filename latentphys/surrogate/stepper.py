@@ -84,7 +84,7 @@ class Surrogate:
             The state that the model sees: the given one through the autoencoder.
 
         Raises:
-            ValueError: a grid, family or flux that the model cannot take.
+            ValueError: a grid, family, parameter or flux that the model cannot take.
         """
         if not isinstance(state, State):
             if geometry is None or family is None:
@@ -94,6 +94,7 @@ class Surrogate:
             raise ValueError(f"Expected a state of a family among {sorted(self.families)}, got one without a family.")
         stepper = LatentStepper(self.autoencoder, self.dynamics, state.geometry, state.family)
         latent = stepper.encode(_checked(state)[None])
+        self.dynamics.conditioning.vector(state.parameters, state.parameters, stepper.interval)  # refused here or never
         return self._remember(state, latent, stepper)
 
     def step(
@@ -126,7 +127,8 @@ class Surrogate:
         time = given.time
         for n in range(num_steps):
             now, then = (
-                given.parameters if parameters is None else parameters(time + (n + m) * stepper.interval) for m in (0, 1)
+                given.parameters if parameters is None else parameters(time + (n + m) * stepper.interval)
+                for m in (0, 1)
             )
             latents = stepper.step(latents[:, None], [now], [then]).latent
         end = time + num_steps * stepper.interval

@@ -1,8 +1,8 @@
 """Checkpoints: a folder of safetensors and JSON that appears whole or not at all, and never needs a pickle.
 
-    checkpoint.json        schema, kind, the model's configuration and everything it needs beside its weights
-    model.safetensors      weights and buffers
-    optimizer.safetensors  moments of the optimiser, and trainer.json its scalars; absent where training is over
+checkpoint.json        schema, kind, the model's configuration and everything it needs beside its weights
+model.safetensors      weights and buffers
+optimizer.safetensors  moments of the optimiser, and trainer.json its scalars; absent where training is over
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ class Checkpoint:
             model.load_state_dict(tensors)
         except RuntimeError as error:
             first = str(error).splitlines()[-1].strip()
-            raise ValueError(f"Expected weights that fit the model described in {self.path}, got others: {first}") from None
+            raise ValueError(
+                f"Expected weights that fit the model described in {self.path}, got others: {first}"
+            ) from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -151,5 +153,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         data = None
     if not isinstance(data, dict):
-        raise ValueError(f"Expected a checkpoint or a run directory, got {file.parent}, without a readable {file.name}.")
+        raise ValueError(
+            f"Expected a checkpoint or a run directory, got {file.parent}, without a readable {file.name}."
+        )
     return data

@@ -38,7 +38,9 @@ def encode_store(
         ValueError: a store that the autoencoder cannot take, or an existing path without `overwrite`.
     """
     if Path(out).resolve() == store.path.resolve():
-        raise ValueError(f"Expected another path than the store's own, got {out}; the latents would replace the fields.")
+        raise ValueError(
+            f"Expected another path than the store's own, got {out}; the latents would replace the fields."
+        )
     autoencoder.scale(store.family).check(store.grid)
     shape = autoencoder.latent_shape(store.grid)
     sx, sy, sz = (h * autoencoder.compression for h in store.grid.spacing)

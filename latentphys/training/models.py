@@ -30,7 +30,9 @@ def build(config: Config, **arguments: Any) -> Any:
     try:
         return instantiate({**config, "_partial_": True, "_convert_": "all"})(**arguments)
     except (InstantiationException, TypeError) as error:
-        raise ValueError(f"Expected settings that {config.get('_target_')} takes: {' '.join(str(error).split())}") from error
+        raise ValueError(
+            f"Expected settings that {config.get('_target_')} takes: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _check_classes(config: Any, path: Path) -> None:

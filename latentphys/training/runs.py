@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from latentphys.data import Store, Windows, open_store, split
-from latentphys.routers import BiasBalance
 from latentphys.rollout import num_intervals
+from latentphys.routers import BiasBalance
 from latentphys.training.checkpoint import open_checkpoint
 from latentphys.training.models import build, load_autoencoder, new_autoencoder, new_dynamics
 from latentphys.training.tasks import AutoencoderTask, DynamicsTask
@@ -30,7 +30,9 @@ def train_autoencoder(config: Config) -> Path:
     torch.manual_seed(trainer.seed)
     model = new_autoencoder(config["autoencoder"], stores)
     train, test = _split(stores, config["held_out"])
-    model.fit_patches({store.family: (store.grid, _sample(store, chosen)) for store, chosen in zip(stores, train, strict=True)})
+    model.fit_patches(
+        {store.family: (store.grid, _sample(store, chosen)) for store, chosen in zip(stores, train, strict=True)}
+    )
     task = AutoencoderTask(
         model,
         build(config["loss"]),
@@ -54,7 +56,9 @@ def train_dynamics(config: Config) -> Path:
     sources = _open([store.attributes["source"] for store in stores])
     for store, source in zip(stores, sources, strict=True):
         if len(store) != len(source) or not np.array_equal(store.times, source.times):
-            raise ValueError(f"Expected {store.path} to hold the latents of {source.path}, got others; encode it again.")
+            raise ValueError(
+                f"Expected {store.path} to hold the latents of {source.path}, got others; encode it again."
+            )
     autoencoder = load_autoencoder(checkpoints[0])
     trainer: Trainer = build(config["trainer"])
     torch.manual_seed(trainer.seed)

@@ -227,7 +227,8 @@ def _noise(latent: Tensor) -> Tensor:
 def _counts(routings: list[list[Routing]]) -> list[Tensor]:
     """Tokens per expert of every layer, over all steps of an unrolled pass."""
     return [
-        torch.stack([expert_counts(r.ids, r.num_experts) for r in layer]).sum(0) for layer in zip(*routings, strict=True)
+        torch.stack([expert_counts(r.ids, r.num_experts) for r in layer]).sum(0)
+        for layer in zip(*routings, strict=True)
     ]
 
 

@@ -91,7 +91,9 @@ class Conditioning:
         names = {p.name for p in self.parameters}
         unknown = sorted((set(now) | set(then)) - names)
         if unknown:
-            raise ValueError(f"Expected parameters among {sorted(names)}, got {unknown[0]!r}; the model knows no other.")
+            raise ValueError(
+                f"Expected parameters among {sorted(names)}, got {unknown[0]!r}; the model knows no other."
+            )
         parts = [np.array([np.log(dt) / 5])]
         for p in self.parameters:
             for values in (now, then) if p.varying else (now,):

@@ -60,7 +60,9 @@ class Dynamics(nn.Module):
             ValueError: a family that the model was not trained on.
         """
         if family not in self.intervals:
-            raise ValueError(f"Expected a family of {sorted(self.intervals)}, got {family!r}; this model knows no other.")
+            raise ValueError(
+                f"Expected a family of {sorted(self.intervals)}, got {family!r}; this model knows no other."
+            )
         return self.intervals[family]
 
     @torch.no_grad()

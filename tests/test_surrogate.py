@@ -1,0 +1,225 @@
+"""A surrogate in a solver's loop: the same bits as a rollout, snapshots, changed states, exact mass, clear refusals."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small import SHAPE, Road, train
+from torch import Tensor
+
+from latentphys import operators
+from latentphys.data import open_store
+from latentphys.families import NavierStokes
+from latentphys.fields import State
+from latentphys.grid import PERIODIC, Boundaries, Geometry, Grid
+from latentphys.rollout import rollout_store
+from latentphys.surrogate import Surrogate
+from latentphys.training import load_dynamics
+from latentphys.transformer.conditioning import store_parameters
+
+FAMILIES = ("channel", "porous")
+WALLS: Boundaries = (PERIODIC[0], PERIODIC[1], ("no_slip", "no_slip"))
+
+
+@pytest.fixture
+def surrogate(road: Road) -> Surrogate:
+    return Surrogate.load(road.dynamics)
+
+
+def first(road: Road, family: str = "porous", trajectory: int = 3) -> State:
+    return road.store(family)[trajectory, 0]
+
+
+def is_conservative(flux: Tensor, geometry: Geometry) -> bool:
+    closed = flux[~geometry.open_faces]
+    return bool((operators.div(flux, geometry.grid) == 0.0).all() and (closed == 0.0).all())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_says_what_a_rollout_says(road: Road, surrogate: Surrogate, tmp_path: Path, family: str) -> None:
+    dynamics, autoencoder = load_dynamics(road.dynamics)
+    reference = road.store(family)
+    store = open_store(rollout_store(autoencoder, dynamics, reference, tmp_path / "out", num_steps=4, trajectories=[3]))
+    dt = surrogate.families[family]
+
+    def parameters(time: float) -> Mapping[str, Any]:
+        return store_parameters(reference, 3, round(time / dt))
+
+    state = surrogate.init(first(road, family))
+    assert torch.equal(state.velocity, store.read("velocity", 0, 0)) and state.time == 0.0
+    for t in range(1, 5):
+        state = surrogate.step(state, parameters=parameters)
+        assert torch.equal(state.velocity, store.read("velocity", 0, t))
+        assert state.time == pytest.approx(store.times[t])
+        assert is_conservative(state.velocity, state.geometry)
+        assert np.array_equal(np.asarray(state.parameters["force"]), reference.parameters["force"][3, t])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_eight_steps_are_eight_times_one(road: Road, surrogate: Surrogate, family: str) -> None:
+    state = surrogate.init(first(road, family))
+    token = surrogate.snapshot()
+    at_once = surrogate.step(state, num_steps=8)
+    state = surrogate.restore(token)
+    for _ in range(8):
+        state = surrogate.step(state)
+    assert torch.equal(state.velocity, at_once.velocity)
+    assert state.time == pytest.approx(at_once.time) == pytest.approx(8 * surrogate.families[family])
+
+
+def test_restoring_repeats_the_same_bits(road: Road, surrogate: Surrogate) -> None:
+    state = surrogate.step(surrogate.init(first(road)))
+    before, token = state.velocity.clone(), surrogate.snapshot()
+    ahead = surrogate.step(state, num_steps=3)
+    ahead.velocity.zero_()  # what a solver does to its copies is no concern of the snapshot
+    state.velocity.zero_()
+    again = surrogate.restore(token)
+    assert torch.equal(again.velocity, before) and again.time == state.time
+    again.velocity.zero_()
+    repeated = surrogate.step(surrogate.restore(token), num_steps=3)
+    state = surrogate.step(surrogate.step(surrogate.restore(token)), num_steps=2)
+    assert torch.equal(state.velocity, repeated.velocity) and state.velocity.abs().max() > 0
+    surrogate.init(first(road, "channel"))
+    assert surrogate.restore(token).family == "porous"
+
+
+def test_arrays_go_in_and_arrays_come_out(road: Road, surrogate: Surrogate) -> None:
+    start = first(road)
+    expected = surrogate.step(surrogate.init(start), num_steps=2).velocity
+    given = surrogate.init(start.velocity.numpy(), start.geometry, "porous", start.parameters).velocity.numpy()
+    flux = surrogate.step(given, num_steps=2)
+    assert isinstance(flux, np.ndarray) and flux.dtype == np.float64
+    np.testing.assert_array_equal(flux, expected.numpy())
+    tensor = surrogate.step(torch.from_numpy(flux))
+    assert isinstance(tensor, Tensor)
+    assert isinstance(surrogate.step(tensor.numpy().astype(np.float32)), np.ndarray)
+    reversed_axes = tensor.numpy()[:, ::-1].copy()[:, ::-1]
+    assert isinstance(surrogate.step(reversed_axes), np.ndarray)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("kind", ["state", "tensor", "array"])
+def test_a_changed_state_is_encoded_anew(road: Road, surrogate: Surrogate, kind: str, in_place: bool) -> None:
+    start = first(road)
+    state = surrogate.step(surrogate.init(start))
+    token = surrogate.snapshot()
+    changed = 0.5 * state.velocity
+    kept = surrogate.step(state).velocity
+    fresh = surrogate.init(State({"velocity": changed}, state.geometry, state.time, state.parameters, "porous"))
+    expected = surrogate.step(fresh).velocity
+    state = surrogate.restore(token)
+    given: Any = {"state": state, "tensor": state.velocity, "array": state.velocity.numpy()}[kind]
+    if in_place:
+        state.velocity.mul_(0.5)
+    else:
+        given = {"state": state.with_fields(velocity=changed), "tensor": changed, "array": changed.numpy()}[kind]
+    got = surrogate.step(given)
+    flux = got.velocity if isinstance(got, State) else torch.as_tensor(got)
+    assert torch.equal(flux, expected) and not torch.equal(flux, kept)
+
+
+def test_parameters_are_asked_for_at_both_ends_of_every_step(road: Road, surrogate: Surrogate) -> None:
+    state, dt, asked = surrogate.init(first(road)), surrogate.families["porous"], []
+    token, constant = surrogate.snapshot(), dict(state.parameters)
+
+    def parameters(time: float) -> Mapping[str, Any]:
+        asked.append(time / dt)
+        return {**constant, "force": constant["force"] * (1 + time)}
+
+    varying = surrogate.step(state, num_steps=2, parameters=parameters)
+    np.testing.assert_allclose(asked, [0, 1, 1, 2, 2])
+    torch.testing.assert_close(varying.parameters["force"], constant["force"] * (1 + 2 * dt))
+    steady = surrogate.step(surrogate.restore(token), num_steps=2)
+    assert not torch.equal(steady.velocity, varying.velocity)
+    other = surrogate.step(replace(surrogate.restore(token), parameters={**constant, "viscosity": 1.0}), num_steps=2)
+    assert not torch.equal(steady.velocity, other.velocity)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mass_is_exact_in_turns_with_a_solver(road: Road, surrogate: Surrogate, family: str) -> None:
+    """Solver, surrogate, solver, …: what the surrogate returns balances bit for bit, whatever the solver hands it."""
+    start = first(road, family)
+    solver = NavierStokes(start.geometry, start.parameters["viscosity"])
+    force = torch.as_tensor(start.parameters["force"])
+    state, dt = surrogate.init(start), surrogate.families[family] / 8
+    for _ in range(2):
+        advanced = solver.advance(state.velocity[None].float(), lambda t: force, state.time, dt)[0]
+        assert not is_conservative(advanced.double(), state.geometry)
+        state = surrogate.step(state.with_fields(time=state.time + dt, velocity=advanced))
+        assert state.velocity.dtype == torch.float64
+        assert is_conservative(state.velocity, state.geometry)
+    assert state.time == pytest.approx(2 * (surrogate.families[family] + dt))
+
+
+def test_calls_out_of_order_are_refused(road: Road, surrogate: Surrogate) -> None:
+    state = first(road)
+    for call in (lambda: surrogate.step(state), surrogate.snapshot, lambda: surrogate.step(state.velocity)):
+        with pytest.raises(ValueError, match="Expected init before this call, got a surrogate without a state"):
+            call()
+    with pytest.raises(ValueError, match="a geometry and a family beside a bare flux"):
+        surrogate.init(state.velocity)
+    with pytest.raises(ValueError, match=r"a state of a family among \['channel', 'porous'\], got one without"):
+        surrogate.init(replace(state, family=None))
+    with pytest.raises(ValueError, match=r"a family of \['channel', 'porous'\], got 'pipe'"):
+        surrogate.init(replace(state, family="pipe"))
+    surrogate.init(state)
+    with pytest.raises(ValueError, match="num_steps ≥ 1, got 0"):
+        surrogate.step(state, num_steps=0)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_flux_that_is_not_finite_is_refused_and_forgotten(road: Road, surrogate: Surrogate, value: float) -> None:
+    start = first(road)
+    state = surrogate.init(start)
+    expected = surrogate.step(state).velocity
+    state = surrogate.init(start)
+    broken = state.velocity.clone()
+    broken[0, 1, 2, 3] = value
+    for given in (broken, broken.numpy(), state.with_fields(velocity=broken)):
+        with pytest.raises(ValueError, match="a finite flux, got NaN or infinite values; step back to a snapshot"):
+            surrogate.step(given)
+    with pytest.raises(ValueError, match="a finite flux"):
+        surrogate.init(state.with_fields(velocity=broken))
+    assert torch.equal(surrogate.step(state).velocity, expected)
+
+
+def test_another_box_is_refused(road: Road, surrogate: Surrogate) -> None:
+    state = surrogate.init(first(road))
+    with pytest.raises(ValueError, match="the geometry given to init, got another one; call init again"):
+        surrogate.step(first(road, trajectory=2))
+    with pytest.raises(ValueError, match="the family given to init, 'porous', got 'channel'"):
+        surrogate.step(replace(state, family="channel"))
+    same = Geometry(state.grid, ~state.geometry.fluid)
+    surrogate.step(replace(state, geometry=same))
+    spacing = state.grid.spacing
+    for grid, message in (
+        (Grid(SHAPE, spacing, WALLS), "the boundaries this model knows"),
+        (Grid(SHAPE, (spacing[0] * 2, *spacing[1:])), "the spacing this model knows"),
+        (Grid((18, 16, 16), spacing), "divisible by the compression of 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            surrogate.init(torch.zeros(3, *grid.shape).double(), Geometry(grid), "porous")
+    with pytest.raises(ValueError, match=r"one flux of shape \(3, 16, 16, 16\), got \(1, 3, 16, 16, 16\)"):
+        surrogate.step(state.velocity[None])
+
+
+def test_parameters_that_the_model_does_not_know_are_refused(road: Road, surrogate: Surrogate) -> None:
+    state = first(road)
+    message = r"parameters among \['force', 'viscosity'\], got 'viscocity'"
+    with pytest.raises(ValueError, match=message):
+        surrogate.init(replace(state, parameters={"viscocity": 0.01}))
+    surrogate.init(state)
+    with pytest.raises(ValueError, match=message):
+        surrogate.step(state.velocity, parameters=lambda t: {"viscocity": 0.01})
+
+
+def test_models_that_do_not_step_from_one_state_are_refused(road: Road, tmp_path: Path) -> None:
+    run = train("dynamics", road.inputs("dynamics"), tmp_path / "run", "dynamics.num_frames=2", "trainer.num_steps=1")
+    with pytest.raises(ValueError, match="a dynamics model of one input frame, got one of 2"):
+        Surrogate.load(run)
+    with pytest.raises(ValueError, match="kind 'dynamics', got one of kind 'autoencoder'"):
+        Surrogate.load(road.autoencoder)
