@@ -24,7 +24,7 @@ class Autoencoder(nn.Module):
         latent_channels: channels C of a latent.
         widths, num_blocks, stem: see `Encoder`; ``stem · 2^(levels − 1)`` cells per axis become one latent cell.
         head: the Helmholtz head. Default: `ProjectionHead`.
-        latent_noise: standard deviation of the noise added to latents while training, so that near latents decode alike.
+        latent_noise: standard deviation of noise added to latents while training, so that near latents decode alike.
 
     Raises:
         ValueError: levels that do not fit together.

@@ -11,10 +11,15 @@ from latentphys.autoencoders.normaliser import FamilyScale
 from latentphys.grid import Geometry
 
 
+def _root(x: Tensor) -> Tensor:
+    """The square root, with a gradient of zero instead of NaN at zero."""
+    return x.clamp(min=torch.finfo(x.dtype).tiny).sqrt()
+
+
 class VelocityLoss(nn.Module):
     """Root-mean-square error of the face velocities, in units of the family's fluctuations; mean over samples.
 
-    It is a VRMSE whose variance is that of the family instead of that of the snapshot: 1 is as good as knowing the mean.
+    A VRMSE whose variance is that of the family instead of that of the snapshot: 1 is as good as knowing the mean.
     """
 
     def forward(
@@ -26,7 +31,7 @@ class VelocityLoss(nn.Module):
     ) -> Float[Tensor, ""]:
         error = operators.velocity(prediction - target, geometry.grid) / scale.velocity
         share = geometry.open_faces.to(error).mean((-4, -3, -2, -1))
-        return (error.square().mean((-4, -3, -2, -1)) / share).sqrt().mean()
+        return _root(error.square().mean((-4, -3, -2, -1)) / share).mean()
 
 
 class VorticityLoss(nn.Module):
@@ -43,7 +48,7 @@ class VorticityLoss(nn.Module):
         scale: FamilyScale,
     ) -> Float[Tensor, ""]:
         error = operators.vorticity(prediction - target, geometry.grid)
-        return (error * (min(geometry.grid.spacing) / scale.velocity)).square().mean((-4, -3, -2, -1)).sqrt().mean()
+        return _root((error * (min(geometry.grid.spacing) / scale.velocity)).square().mean((-4, -3, -2, -1))).mean()
 
 
 class WeightedSum(nn.Module):

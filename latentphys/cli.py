@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,9 +147,8 @@ def validate(arguments: argparse.Namespace) -> int:
     with progress_bar() as bar:
         for store, reference in pairs:
             line = bar.add_task(f"validate {store.family}", total=len(store) * store.num_times)
-            validations.append(
-                run(store, reference, reconstruct, lambda done, total, line=line: bar.update(line, completed=done))
-            )
+            show = partial(_show, bar, line)
+            validations.append(run(store, reference, reconstruct, show))
         if arguments.pictures:
             line = bar.add_task("render", total=len(pairs))
             for store, reference in pairs:
@@ -208,6 +208,10 @@ def _reconstruction(autoencoder: Any) -> Callable[[Any], Any]:
     return reconstruct
 
 
+def _show(bar: Any, line: Any, done: int, total: int) -> None:
+    bar.update(line, completed=done, total=total)
+
+
 def _print_checks(checks: Sequence[Any]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -232,8 +236,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(
         prog="latentphys",
-        description="Compress 3D flows into latents whose every decode conserves mass exactly, advance them with a sparse "
-        "mixture of experts, and prove what was done.",
+        description="Compress 3D flows into latents whose every decode conserves mass exactly, advance them with a "
+        "sparse mixture of experts, and prove what was done.",
         epilog="Exit status: 0 done, 1 a check failed, 2 bad input.",
     )
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -266,8 +270,10 @@ def parser() -> argparse.ArgumentParser:
     sub = verb(
         train,
         "train an autoencoder on field stores, or a dynamics model on latent stores",
-        "examples:\n  accelerate launch -m latentphys train autoencoder stores=[channel.zarr,porous.zarr] run=runs/autoencoder\n"
-        "  accelerate launch -m latentphys train dynamics stores=[channel.latent.zarr,porous.latent.zarr] run=runs/dynamics",
+        "examples:\n"
+        "  accelerate launch -m latentphys train autoencoder stores=[channel.zarr,porous.zarr] run=runs/autoencoder\n"
+        "  accelerate launch -m latentphys train dynamics stores=[channel.latent.zarr,porous.latent.zarr] "
+        "run=runs/dynamics",
     )
     sub.add_argument("model", choices=("autoencoder", "dynamics"))
     sub.add_argument(
@@ -325,7 +331,9 @@ def _share(text: str) -> float | int:
     try:
         return float(text) if "." in text else int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"Expected a share such as 0.15 or a number such as 3, got {text!r}.") from None
+        raise argparse.ArgumentTypeError(
+            f"Expected a share such as 0.15 or a number such as 3, got {text!r}."
+        ) from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,10 +29,11 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(f"Expected options that {name}.yaml knows: {_one_line(error)}") from None
     assert isinstance(resolved, dict)
-    for key, value in resolved.items():
+    settings: dict[str, Any] = {str(key): value for key, value in resolved.items()}
+    for key, value in settings.items():
         if value == "???":
             raise ValueError(f"Expected a value for {key!r}, got none; add {key}=… to the command.")
-    return {str(key): value for key, value in resolved.items()}
+    return settings
 
 
 def _check_types(default: Any, value: Any, name: str) -> None:

@@ -66,7 +66,8 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         "router": type(dynamics.transformer.routers()[0]).__name__,
         "experts per layer": dynamics.transformer.routers()[0].num_experts,
         "layers": len(dynamics.transformer.routers()),
-        "autoencoder": f"{sum(p.numel() for p in autoencoder.parameters())} parameters, {autoencoder.compression}³ cells per latent cell",
+        "autoencoder parameters": sum(p.numel() for p in autoencoder.parameters()),
+        "cells per latent cell": f"{autoencoder.compression}³",
     }
 
 

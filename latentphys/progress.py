@@ -13,17 +13,27 @@ def progress_bar(show: bool = True, *columns: str) -> Any:
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        Task,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
 
     class Bar(Progress):
+        """Without a terminal the bar is a line at the end, and no line for work that was refused before it began."""
+
+        def shown(self) -> list[Task]:
+            return [task for task in self.tasks if self.console.is_terminal or task.completed]
+
         def get_renderables(self) -> Iterator[RenderableType]:
-            # without a terminal the bar is one line at the end: none for work that was refused before it began
-            tasks = [task for task in self.tasks if self.console.is_terminal or task.completed]
-            if tasks:
-                yield self.make_tasks_table(tasks)
+            if self.shown():
+                yield self.make_tasks_table(self.shown())
+
+        def stop(self) -> None:
+            if self.shown():
+                super().stop()
+            else:
+                self.live.stop()
 
     return Bar(
         TextColumn("{task.description:<22}"),

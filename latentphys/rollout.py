@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,7 +77,7 @@ def rollout(
     parameters: Callable[[int], Sequence[Parameters]],
     num_steps: int,
 ) -> Iterator[Frame]:
-    """Frames 0 … num_steps; frame 0 is the encoded last of the K given ones, and every further one comes from those before.
+    """Frames 0 … num_steps: the encoded last of the K given ones, then every one from those before.
 
     Args:
         frames: K snapshots of each flow [m³/s], one interval apart, oldest first.
@@ -126,8 +127,8 @@ def rollout_store(
     first = start - (dynamics.num_frames - 1) * stride
     if num_steps < 1 or first < 0 or start + num_steps * stride >= store.num_times:
         raise ValueError(
-            f"Expected a start and steps within the {store.num_times} snapshots of {store.path} (their parameters drive "
-            f"the rollout), got {num_steps} steps of {stride} snapshots from snapshot {start}."
+            f"Expected a start and steps within the {store.num_times} snapshots of {store.path} (their parameters "
+            f"drive the rollout), got {num_steps} steps of {stride} snapshots from snapshot {start}."
         )
     grid, latent_shape = store.grid, autoencoder.latent_shape(store.grid)
     depth = len(dynamics.transformer.routers())
@@ -170,13 +171,17 @@ def rollout_store(
         for n, (i, geometry) in enumerate(zip(chosen, geometries, strict=True)):
             stepper = LatentStepper(autoencoder, dynamics, geometry, store.family)
             initial = store.read("velocity", i, slice(first, start + 1, stride))[None]
-            run = rollout(stepper, initial, lambda t, i=i: [store_parameters(store, i, start + t * stride)], num_steps)
+            run = rollout(stepper, initial, partial(_parameters, store, i, start, stride), num_steps)
             for t, frame in enumerate(run):
                 writer.write("velocity", n, t, stepper.decode(frame.latent)[0])
                 unrouted = torch.full((depth, *latent_shape), -1, dtype=torch.int16)
                 writer.write("routing", n, t, unrouted if frame.routing is None else frame.routing[0])
                 progress(1)
     return Path(out)
+
+
+def _parameters(store: Store, trajectory: int, start: int, stride: int, frame: int) -> list[Parameters]:
+    return [store_parameters(store, trajectory, start + frame * stride)]
 
 
 def num_intervals(store: Store, interval: float) -> int:

@@ -1,4 +1,4 @@
-"""Any latent of any weights decodes to a solenoidal flux, the code starts from principal components, losses are physics."""
+"""Any latent of any weights decodes to a solenoidal flux; the code starts from principal components."""
 
 from collections.abc import Sequence
 from functools import lru_cache

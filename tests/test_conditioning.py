@@ -78,7 +78,9 @@ def test_a_state_says_the_same_as_the_store(stores: list[Store]) -> None:
     conditioning = Conditioning.fit(stores)
     by_state = [stores[0][1, t].parameters for t in (0, 2)]
     by_store = [store_parameters(stores[0], 1, t) for t in (0, 2)]
-    assert torch.equal(conditioning.vector(*by_state, 0.1), conditioning.vector(*by_store, 0.1))
+    assert torch.equal(
+        conditioning.vector(by_state[0], by_state[1], 0.1), conditioning.vector(by_store[0], by_store[1], 0.1)
+    )
 
 
 def test_json_and_back_is_bit_equal(stores: list[Store]) -> None:

@@ -399,3 +399,10 @@ def test_a_forked_worker_reads_what_its_parent_has_open(path: Path) -> None:
     worker.join(timeout=30)
     worker.kill()
     assert worker.exitcode == 0
+
+
+def test_a_lazy_array_has_the_stored_numbers(path: Path) -> None:
+    store = open_store(path)
+    lazy = store.lazy("velocity")
+    assert lazy.shape == (2, 4, 3, 6, 4, 5)
+    np.testing.assert_allclose(lazy.mean((0, 1)).compute(), data()["velocity"].mean((0, 1)), rtol=1e-13, atol=1e-15)

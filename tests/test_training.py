@@ -196,7 +196,7 @@ def test_stores_that_cannot_be_trained_on_are_refused(road: Road, tmp_path: Path
     with pytest.raises(ValueError, match="divisible by the compression of 32"):
         train("autoencoder", fields, run, "autoencoder.widths=[8,8,8,8,8]", "autoencoder.num_blocks=[1,1,1,1,1]")
     for settings in ("stride=0", "stride=6", "unroll=0"):
-        with pytest.raises(ValueError, match="unroll ≥ 1 and a stride from 1 to 5, the snapshots of"):
+        with pytest.raises(ValueError, match="unroll ≥ 1 and a stride from 1 to 5 for"):
             train("dynamics", latents, run, f"dynamics_training.{settings}")
     with pytest.raises(ValueError, match="at least 9 snapshots for windows of 9"):
         train("dynamics", latents, run, "dynamics_training.unroll=8")
@@ -258,7 +258,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
 )
 def test_a_trainer_of_nothing_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"Expected {name} ≥ 1, got 0"):
-        Trainer(**{"num_steps": 1, "batch_size": 1, name: 0})
+        Trainer(**{"num_steps": 1, "batch_size": 1, name: 0})  # type: ignore[arg-type]
 
 
 def test_settings_that_a_class_does_not_take_are_refused(road: Road, tmp_path: Path) -> None:

@@ -247,7 +247,7 @@ def preset(*overrides: str) -> LatentTransformer:
         return instantiate(config.dynamics, latent_channels=8, condition_channels=2, geometry_channels=1)
 
 
-@pytest.mark.parametrize(("size", "depth", "num_experts"), [("tiny", 4, 4), ("small", 8, 8), ("base", 16, 16)])
+@pytest.mark.parametrize(("size", "depth", "num_experts"), [("tiny", 3, 4), ("small", 8, 8), ("base", 16, 16)])
 def test_presets(size: str, depth: int, num_experts: int) -> None:
     routers = preset("+router=top1", f"+dynamics={size}").routers()
     assert [type(router) for router in routers] == [SemanticTop1] * depth

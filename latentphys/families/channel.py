@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from latentphys import operators
-from latentphys.families.family import Family, Parameters, broadband, generator, uniform
+from latentphys.families.family import Family, Parameters, broadband, check_range, generator, uniform
 from latentphys.grid import Boundaries, Geometry, Grid
 
 
@@ -53,8 +53,7 @@ class OpenChannel(Family):
     def __post_init__(self) -> None:
         if self.lengths[2] != 1.0:
             raise ValueError(f"Expected a depth of 1 (lengths are in units of it), got {self.lengths[2]}.")
-        if not 0 < self.reynolds[0] <= self.reynolds[1]:
-            raise ValueError(f"Expected a range 0 < low ≤ high of Re_τ, got {tuple(self.reynolds)}.")
+        check_range("Re_τ", self.reynolds, 0, np.inf)
 
     def grid(self, shape: Sequence[int]) -> Grid:
         sx, sy, sz = (length / n for length, n in zip(self.lengths, shape, strict=True))

@@ -28,6 +28,18 @@ def uniform(bounds: Sequence[float], rng: np.random.Generator) -> float:
     return float(low + (high - low) * rng.random())
 
 
+def check_range(name: str, bounds: Sequence[float], low: float, high: float) -> None:
+    """Refuse what is not a range (a, b) with low < a ≤ b < high.
+
+    Raises:
+        ValueError: another number of bounds, or bounds out of order or out of range.
+    """
+    if len(bounds) != 2 or not low < bounds[0] <= bounds[1] < high:
+        raise ValueError(
+            f"Expected a range of {name}, two numbers with {low:g} < a ≤ b < {high:g}, got {list(bounds)}."
+        )
+
+
 class Family(ABC):
     """A kind of incompressible flow that `simulate` can make.
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor
 
-from latentphys.families.family import Family, Parameters, broadband, generator, uniform
+from latentphys.families.family import Family, Parameters, broadband, check_range, generator, uniform
 from latentphys.grid import Geometry, Grid
 
 
@@ -83,12 +83,9 @@ class Porous(Family):
     spin_up: float = 0.04
 
     def __post_init__(self) -> None:
-        if not 0.2 <= self.porosity[0] <= self.porosity[1] < 1:
-            raise ValueError(f"Expected a porosity range within 0.2 … 1, got {tuple(self.porosity)}.")
-        if not 0 < self.diameter[0] <= self.diameter[1] < 1:
-            raise ValueError(f"Expected a diameter range within 0 … 1 of the box, got {tuple(self.diameter)}.")
-        if not 0 < self.reynolds[0] <= self.reynolds[1]:
-            raise ValueError(f"Expected a range 0 < low ≤ high of Re, got {tuple(self.reynolds)}.")
+        check_range("porosities", self.porosity, 0.2, 1)
+        check_range("sphere diameters", self.diameter, 0, 1)
+        check_range("Re", self.reynolds, 0, np.inf)
 
     def grid(self, shape: Sequence[int]) -> Grid:
         nx, ny, nz = shape

@@ -96,6 +96,8 @@ def simulate(
             f"Expected ≥ 1 trajectory of ≥ 2 frames in batches of ≥ 1, got {num_trajectories} of {num_frames} "
             f"in batches of {batch_size}."
         )
+    if len(shape) != 3:
+        raise ValueError(f"Expected a shape of three axes, such as [32, 32, 32], got {list(shape)}.")
     grid = family.grid(shape)
     times = np.arange(num_frames) * family.interval
     drawn = [family.draw(seed, i) for i in range(num_trajectories)]

@@ -32,8 +32,8 @@ class Snapshot:
 class Surrogate:
     """Steps one flow with a trained model. Mass is conserved exactly by every state that it returns.
 
-    Fluxes go in and out as the volume flux through each cell's low faces [m³/s], FP64 out. A solver may change the state
-    between calls, in place too: a state whose flux is not the one returned last is encoded anew.
+    Fluxes go in and out as the volume flux through each cell's low faces [m³/s], FP64 out. A solver may change the
+    state between calls, in place too: a state whose flux is not the one returned last is encoded anew.
 
         s = Surrogate.load("runs/demo/dynamics")
         state = s.init(store[0, 0])
@@ -103,7 +103,7 @@ class Surrogate:
         """Advance by ``num_steps`` intervals of the family's Δt.
 
         Args:
-            state: the state returned last, or one that a solver has changed; a bare flux (3, nx, ny, nz) [m³/s], NumPy or
+            state: the state returned last, or one that a solver has changed; a bare flux (3, nx, ny, nz), NumPy or
                 torch, stands for the last state with that flux.
             parameters: time → the parameters then, where they change in time. Default: those of the state, constant.
 

@@ -136,7 +136,8 @@ def open_checkpoint(path: str | Path, kind: str | None = None) -> Checkpoint:
     data = _read_json(file)
     if data.get("schema") != SCHEMA:
         raise ValueError(
-            f"Expected a checkpoint of schema {SCHEMA!r}, got {data.get('schema')!r} in {file}; this version reads no other."
+            f"Expected a checkpoint of schema {SCHEMA!r}, got {data.get('schema')!r} in {file}; "
+            "this version reads no other."
         )
     missing = sorted({"kind", "config", "extra", "step"} - set(data))
     if missing:

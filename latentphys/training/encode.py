@@ -29,7 +29,7 @@ def encode_store(
 ) -> Path:
     """Write the latents of every snapshot of a store.
 
-    The latent store names its source and the checkpoint in its attributes; geometry and parameters stay with the source.
+    Its attributes name the source and the checkpoint; geometry and parameters stay with the source.
 
     Args:
         checkpoint: where the autoencoder was loaded from: a checkpoint, or a run directory for its newest one.

@@ -101,7 +101,7 @@ def _interval(store: Store, settings: Config) -> float:
     stride, unroll = settings["stride"], settings["unroll"]
     if stride < 1 or unroll < 1 or stride >= store.num_times:
         raise ValueError(
-            f"Expected unroll ≥ 1 and a stride from 1 to {store.num_times - 1}, the snapshots of {store.path} less one, "
+            f"Expected unroll ≥ 1 and a stride from 1 to {store.num_times - 1} for {store.path}, "
             f"got {unroll} and {stride}."
         )
     interval = float(store.times[stride] - store.times[0])

@@ -204,7 +204,7 @@ def _remove_checkpoints(run: Path) -> None:
 
 
 class _Log:
-    """Appends JSON lines; with no path, nothing. Lines of steps after `first`, and of a cut-off write, are taken out."""
+    """Appends JSON lines, or nothing without a path; lines after step `first`, and cut-off ones, are taken out."""
 
     def __init__(self, path: Path | None, first: int) -> None:
         self.path, self.start = path, time.perf_counter()

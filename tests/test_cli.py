@@ -1,0 +1,274 @@
+"""Every verb on small stores; bad input ends with status 2, one line that says what to do, and nothing half-written."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+from small import Road, arguments
+
+from latentphys.cli import main
+from latentphys.data import open_store
+
+VERBS = ("simulate", "train", "encode", "rollout", "validate", "render", "info", "demo")
+TINY = ["size=tiny", "grid.shape=[8,8,8]", "frames=2", "family.spin_up=0.0"]
+Refusal = Callable[..., str]
+
+
+@pytest.fixture
+def refusal(capsys: pytest.CaptureFixture[str]) -> Refusal:
+    """Run a verb that must fail; the one line that it prints."""
+
+    def run(*command: object) -> str:
+        capsys.readouterr()
+        assert main([str(part) for part in command]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith(f"latentphys {command[0]}: ") and err.count("\n") == 1
+        return err.strip()
+
+    return run
+
+
+@pytest.fixture
+def rolled(road: Road, tmp_path: Path) -> Path:
+    path = tmp_path / "rollout.zarr"
+    assert (
+        main(["rollout", str(road.dynamics), str(road.fields["porous"]), str(path), "--steps=2", "--held-out=1"]) == 0
+    )
+    return path
+
+
+def test_help_of_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in [[], *([verb] for verb in VERBS)]:
+        with pytest.raises(SystemExit) as stopped:
+            main([*command, "--help"])
+        assert stopped.value.code == 0
+        text = capsys.readouterr().out
+        assert text.startswith("usage: latentphys") and (command or all(verb in text for verb in VERBS))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        [],
+        ["fly"],
+        ["train", "router"],
+        ["info"],
+        ["rollout", "a", "b", "c", "--held-out", "x"],
+        ["demo", "--size", "big"],
+    ],
+)
+def test_a_wrong_command_line_has_status_2(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(command)
+    assert stopped.value.code == 2
+    assert "error: " in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("family", ["channel", "porous"])
+def test_simulate(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "made.zarr"
+    command = ["simulate", f"family={family}", *TINY, f"out={out}"]
+    assert main([*command, "seed=3"]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    store = open_store(out)
+    assert (store.family, store.grid.shape, len(store), store.num_times) == (family, (8, 8, 8), 2, 2)
+    provenance = store.attributes["provenance"]
+    assert (provenance["seed"], provenance["config"]["grid"]["shape"]) == (3, [8, 8, 8])
+    assert main([*command, "overwrite=true", "seed=4"]) == 0
+    assert open_store(out).attributes["provenance"]["seed"] == 4
+
+
+def test_train_encode_rollout(road: Road, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With one step each; what they write is what the functions of the library write."""
+    autoencoder, latent, dynamics = tmp_path / "autoencoder", tmp_path / "latent.zarr", tmp_path / "dynamics"
+    fields = road.fields["porous"]
+    one = "trainer.num_steps=1"
+    assert main(["train", *arguments("autoencoder", [fields], autoencoder, one)]) == 0
+    assert main(["encode", str(autoencoder), str(fields), str(latent)]) == 0
+    assert main(["train", *arguments("dynamics", [latent], dynamics, one)]) == 0
+    rollout = tmp_path / "rollout.zarr"
+    command = ["rollout", str(dynamics), str(fields), str(rollout), "--steps", "2", "--start", "1"]
+    assert main([*command, "--trajectories", "2", "0"]) == 0
+    checkpoint = str(dynamics / "step-000001")
+    assert capsys.readouterr().out.split() == [str(autoencoder / "step-000001"), str(latent), checkpoint, str(rollout)]
+    made = open_store(rollout).attributes["rollout"]
+    assert (made["trajectories"], made["start"], made["checkpoint"]) == ([2, 0], 1, checkpoint)
+    assert main([*command, "--held-out", "0.3", "--overwrite"]) == 0
+    assert open_store(rollout).attributes["rollout"]["trajectories"] == [3]
+
+
+def test_validate_passes_ground_truth_and_fails_a_worthless_model(
+    road: Road, rolled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    truth, out = road.fields["porous"], tmp_path / "report"
+    capsys.readouterr()
+    assert main(["validate", str(truth), "--out", str(out)]) == 0
+    table = capsys.readouterr().out
+    assert "net_flux_max" in table and "fail" not in table
+    checkpoint = ["--checkpoint", str(road.dynamics)]
+    command = ["validate", str(rolled), "--reference", str(truth), *checkpoint, "--out", str(out), "--json"]
+    assert main(command) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads((out / "report.json").read_text())
+    text = json.dumps(report)
+    assert (
+        '"fail"' in text
+        and "net_flux_max" in text
+        and (out / "report.html").is_file()
+        and (out / "junit.xml").is_file()
+    )
+
+
+def test_render(
+    rolled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from latentphys import views
+
+    given: list[object] = []
+
+    def draw(store: object, *options: object) -> list[views.Picture]:
+        given.extend(options)
+        return [views.Picture(tmp_path / "a.png", "", "")]
+
+    monkeypatch.setattr(views, "render", draw)
+    capsys.readouterr()
+    assert main(["render", str(rolled), "--out", "pictures", "--trajectory", "2", "--layer", "0", "--no-movie"]) == 0
+    assert given == ["pictures", None, 2, 0, False]
+    assert capsys.readouterr().out == f"{tmp_path / 'a.png'}\n"
+
+
+def test_info(road: Road, rolled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected: dict[Path, dict[str, Any]] = {
+        road.fields["channel"]: {"kind": "fields", "family": "channel", "trajectories": 4, "grid": "16 × 16 × 16"},
+        road.latents["porous"]: {"kind": "latent", "grid": "4 × 4 × 4", "parameters": "none"},
+        rolled: {"kind": "rollout", "parameters": "force, viscosity"},
+        road.autoencoder: {"kind": "autoencoder", "step": 6, "compression of numbers": "24×", "latent channels": 8},
+        road.dynamics: {"kind": "dynamics", "router": "SemanticTop1", "experts per layer": 4, "layers": 2},
+    }
+    capsys.readouterr()
+    for path, lines in expected.items():
+        assert main(["info", str(path), "--json"]) == 0
+        described = json.loads(capsys.readouterr().out)
+        assert lines.items() <= described.items()
+        assert main(["info", str(path)]) == 0
+        assert len(capsys.readouterr().out.splitlines()) == len(described)
+    # three of four routed experts of each layer, 3 · 32 · 32 numbers each, are idle
+    assert described["parameters total"] - described["parameters active per token"] == 2 * 3 * 3 * 32 * 32
+
+
+def test_missing_and_foreign_stores(road: Road, refusal: Refusal, tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    other = Path(shutil.copytree(road.fields["channel"], tmp_path / "other.zarr"))
+    zarr.open_group(str(other), mode="r+").attrs["schema"] = "latentphys.store/9"
+    out = tmp_path / "out"
+    for store, message in (
+        (tmp_path / "nowhere.zarr", "nowhere.zarr, got nothing there; check the path"),
+        (tmp_path / "notes", "Expected a Zarr v3 group at"),
+        (other, "Expected schema 'latentphys.store/1', the one this version reads, got 'latentphys.store/9'"),
+    ):
+        for command in (
+            ["encode", road.autoencoder, store, out],
+            ["rollout", road.dynamics, store, out],
+            ["validate", store, "--out", out],
+            ["render", store, "--out", out],
+            ["train", *arguments("autoencoder", [store], out)],
+        ):
+            assert message in refusal(*command)
+    assert "which does not exist" in refusal("info", tmp_path / "nowhere.zarr")
+    assert "got 'latentphys.store/9'" in refusal("info", other)
+    assert not out.exists()
+
+
+def test_wrong_checkpoints(road: Road, refusal: Refusal, tmp_path: Path) -> None:
+    field, out = road.fields["channel"], tmp_path / "out"
+    assert "kind 'autoencoder', got one of kind 'dynamics'" in refusal("encode", road.dynamics, field, out)
+    assert "kind 'dynamics', got one of kind 'autoencoder'" in refusal("rollout", road.autoencoder, field, out)
+    assert "which does not exist" in refusal("rollout", tmp_path / "none", field, out)
+    assert "without a readable checkpoint.json" in refusal("encode", tmp_path, field, out)
+    damaged = Path(shutil.copytree(road.autoencoder, tmp_path / "damaged"))
+    (damaged / "step-000006" / "model.safetensors").write_bytes(b"torn")
+    assert "Expected a readable safetensors file" in refusal("encode", damaged, field, out)
+    assert "Expected a readable safetensors file" in refusal("info", damaged)
+    wider = arguments("autoencoder", road.inputs("autoencoder"), damaged, "autoencoder.widths=[16,16]")
+    assert "Expected a readable safetensors file" in refusal("train", *wider)
+    shutil.copytree(road.autoencoder, damaged, dirs_exist_ok=True)
+    assert "Expected weights that fit the model described in" in refusal("train", *wider)
+    assert not out.exists()
+
+
+def test_wrong_data(road: Road, refusal: Refusal, tmp_path: Path) -> None:
+    odd, flat, broken, out = (tmp_path / name for name in ("odd.zarr", "flat.zarr", "broken.zarr", "out"))
+    assert main(["simulate", "family=porous", *TINY, "grid.shape=[10,8,8]", f"out={odd}"]) == 0
+    message = "Expected a grid divisible by the compression of 4 per axis, got (10, 8, 8); choose multiples of 4."
+    assert message in refusal("train", *arguments("autoencoder", [odd], out))
+    assert "Expected the spacing this model knows" in refusal("encode", road.autoencoder, odd, out)
+    shutil.copytree(road.fields["porous"], flat)
+    zarr.open_group(str(flat), mode="r+").create_array("velocity", shape=(4, 6, 16, 16, 16), dtype="f8", overwrite=True)
+    message = "Expected array 'velocity' of shape (4, 6, 3, 16, 16, 16) in"
+    for command in (["encode", road.autoencoder, flat, out], ["info", flat], ["validate", flat, "--out", out]):
+        assert message in refusal(*command)
+    shutil.copytree(road.fields["porous"], broken)
+    zarr.open_array(str(broken / "velocity"), mode="r+")[0] = np.nan
+    assert "NaN or Inf in 'latent' at trajectory 0, time 0" in refusal("encode", road.autoencoder, broken, out)
+    command = ["rollout", road.dynamics, broken, out, "--steps=1", "--trajectories", "0"]
+    assert "Expected a finite flux" in refusal(*command)
+    assert "Expected finite fluxes of family 'porous'" in refusal("train", *arguments("autoencoder", [broken], out))
+    assert main(["validate", str(broken), "--out", str(tmp_path / "report")]) == 1
+    assert not out.exists() and not list(tmp_path.glob(".*"))
+
+
+def test_wrong_options(road: Road, refusal: Refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "Could not override 'familly'" in refusal("simulate", "familly=channel")
+    assert "Could not find 'family/pipe'" in refusal("simulate", "family=pipe")
+    assert "Expected a value for 'run', got none" in refusal("train", "autoencoder", "stores=[a.zarr]")
+    assert "Expected a whole number for 'trajectories'" in refusal("simulate", "trajectories=all")
+    assert "Expected a device of auto | c" in refusal("simulate", "device=gpu")
+    assert "≥ 2 frames" in refusal("simulate", "frames=1")
+    assert "Expected a porosity range" in refusal("simulate", "family=porous", "family.porosity=[0.1,0.2]")
+    field = road.fields["porous"]
+    assert "Expected num_steps ≥ 1" in refusal(
+        "train", *arguments("autoencoder", [field], tmp_path, "trainer.num_steps=0")
+    )
+    assert "one --reference per store" in refusal("validate", field, field, "--reference", field, "--out", "report")
+    command = ["rollout", road.dynamics, field, "out", "--held-out=1"]
+    assert "got 9 steps of 1 snapshots from snapshot 0" in refusal(*command, "--steps=9")
+    assert "trajectories from 0 to 3" in refusal(*command, "--steps=1", "--trajectories", "7")
+    assert "held_out to be a share between 0 and 1" in refusal(*command[:-1], "--held-out=4")
+    assert "Expected a trajectory from 0 to 3, got 7" in refusal("render", field, "--out=pictures", "--trajectory=7")
+    assert not [path.name for path in tmp_path.iterdir() if path.name != "pictures"]
+
+
+def test_existing_targets_are_kept(road: Road, rolled: Path, refusal: Refusal) -> None:
+    field = road.fields["porous"]
+    before = open_store(rolled).attributes["checksums"]
+    for command in (
+        ["simulate", "family=porous", *TINY, f"out={rolled}"],
+        ["encode", road.autoencoder, field, rolled],
+        ["rollout", road.dynamics, field, rolled, "--steps=1", "--held-out=1"],
+    ):
+        assert "which exists; choose another name or overwrite=True" in refusal(*command)
+    for command in (["encode", road.autoencoder], ["rollout", road.dynamics]):
+        assert "another path than the store's own" in refusal(*command, field, field, "--overwrite")
+    store = open_store(rolled)
+    assert store.attributes["checksums"] == before
+    store.verify()
+    open_store(field).verify()
+
+
+def test_an_interrupt_has_status_130(
+    road: Road, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from latentphys.training import Trainer
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_check", interrupted)
+    assert main(["train", *arguments("dynamics", road.inputs("dynamics"), tmp_path / "run")]) == 130
+    assert "latentphys train: interrupted" in capsys.readouterr().err
