@@ -13,7 +13,7 @@ from latentphys.grid import Geometry
 
 def _root(x: Tensor) -> Tensor:
     """The square root, with a gradient of zero instead of NaN at zero."""
-    return x.clamp(min=torch.finfo(x.dtype).tiny).sqrt()
+    return torch.where(x > 0, x.clamp(min=torch.finfo(x.dtype).tiny).sqrt(), 0.0)
 
 
 class VelocityLoss(nn.Module):

@@ -270,6 +270,13 @@ def test_velocity_loss_is_one_for_the_mean_of_the_family() -> None:
     assert np.mean(one) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("loss", [VelocityLoss(), VorticityLoss()])
+def test_losses_have_a_gradient_at_zero_error(loss: VelocityLoss | VorticityLoss) -> None:
+    flux = random_flux(CHANNEL, 2).requires_grad_()
+    loss(flux, flux.detach(), Geometry(CHANNEL), SCALES["channel"]).backward()
+    assert flux.grad is not None and bool((flux.grad == 0.0).all())
+
+
 def test_velocity_loss_counts_open_faces_only() -> None:
     where, scale = geometry("porous"), SCALES["porous"]
     target = torch.zeros(1, 3, *SHAPE).double()
