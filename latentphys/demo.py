@@ -27,8 +27,8 @@ SIZES = {
             "channel": ["size=small", "trajectories=12", "frames=24", "batch_size=12", "family.spin_up=1.5"],
             "porous": ["size=small", "trajectories=22", "frames=17", "batch_size=22"],
         },
-        autoencoder=["trainer.num_steps=200"],
-        dynamics=["trainer.num_steps=450"],
+        autoencoder=["trainer.num_steps=240"],
+        dynamics=["trainer.num_steps=650"],
         steps=16,
     ),
     "tiny": _Size(
