@@ -230,7 +230,8 @@ def test_wrong_options(road: Road, refusal: Refusal, tmp_path: Path, monkeypatch
     assert "Expected a whole number for 'trajectories'" in refusal("simulate", "trajectories=all")
     assert "Expected a device of auto | c" in refusal("simulate", "device=gpu")
     assert "≥ 2 frames" in refusal("simulate", "frames=1")
-    assert "Expected a porosity range" in refusal("simulate", "family=porous", "family.porosity=[0.1,0.2]")
+    assert "a shape of three axes" in refusal("simulate", "grid.shape=[16,16]")
+    assert "Expected a range of porosities" in refusal("simulate", "family=porous", "family.porosity=[0.1,0.2]")
     field = road.fields["porous"]
     assert "Expected num_steps ≥ 1" in refusal(
         "train", *arguments("autoencoder", [field], tmp_path, "trainer.num_steps=0")
