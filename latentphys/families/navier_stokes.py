@@ -60,7 +60,7 @@ class NavierStokes:
         if not bool((self.viscosity > 0).all()):
             raise ValueError(f"Expected a positive viscosity [m²/s], got {viscosity}.")
         self.open_faces = self.geometry.open_faces.to(device, dtype)
-        self.open_edges = _open_edges(self.geometry).to(device, dtype)
+        self.open_edges = pad(_open_edges(self.geometry).to(device, dtype), (1,) * 6, mode="circular")
         self.drag = _wall_drag(self.geometry).to(device, dtype)
         self.pressure: Tensor | None = None
         self._right_hand_side = torch.compile(_right_hand_side, dynamic=False) if compiled else _right_hand_side
@@ -140,10 +140,10 @@ def _right_hand_side(
     """−∇·(u u) + νΔu + f on the open faces, from stresses in cells (normal) and on edges (tangential).
 
     Every momentum flux is the product of two means of neighbours less ν times their difference. Edges that touch a wall
-    or a solid have no viscous part; the friction there is `drag`.
+    or a solid have no viscous part; the friction there is `drag`. `open_edges` comes with a ghost layer on every side.
     """
     shape = u.shape[-3:]
-    ghost, edges = pad(u, (1,) * 6, mode="circular"), pad(open_edges, (1,) * 6, mode="circular")
+    ghost = pad(u, (1,) * 6, mode="circular")
     viscosity, origin = viscosity[:, 0], (0, 0, 0)
     stress: dict[tuple[int, int], Tensor] = {}
     for c in range(3):
@@ -153,7 +153,7 @@ def _right_hand_side(
         ua, ua_below = _window(ghost[:, a], origin, extra), _window(ghost[:, a], _unit(b, -1), extra)
         ub, ub_below = _window(ghost[:, b], origin, extra), _window(ghost[:, b], _unit(a, -1), extra)
         advection = 0.25 * (ua + ua_below) * (ub + ub_below)
-        is_open = _window(edges[:, c], origin, extra)
+        is_open = _window(open_edges[:, c], origin, extra)
         stress[a, b] = advection - is_open * (viscosity / spacing[b] * (ua - ua_below))
         stress[b, a] = advection - is_open * (viscosity / spacing[a] * (ub - ub_below))
     rates = []
