@@ -100,7 +100,8 @@ def test_group_attributes_say_where_the_data_come_from(path: Path) -> None:
 
 
 def test_xarray_reads_named_dimensions_and_coordinates_without_this_library(path: Path) -> None:
-    xarray = pytest.importorskip("xarray")
+    import xarray
+
     with xarray.open_zarr(path, consolidated=False) as dataset:
         assert dataset["velocity"].dims == ("trajectory", "time", "axis", "x", "y", "z")
         assert dataset["solid"].dims == ("trajectory", "x", "y", "z")
