@@ -10,26 +10,29 @@ the subtree that hangs on it, a few units of q for most faces.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from latentphys import operators
-from latentphys.grid import Geometry, Grid
-from latentphys.projection import decompose
+from latentphys.grid import SIDES, Geometry
+from latentphys.hodge import vector_potential
+from latentphys.projection import decompose, prescribed_outflow
+from latentphys.topology import spanning_forests
 
 FLUX_BITS = 46
 """Resolution of the fixed point: q is 2⁻⁴⁶ of the power of two above the sample's largest flux."""
 
-SMALLEST_EXPONENT = -1074
-"""Exponent of the smallest FP64 number above zero."""
+SINGLE_BITS = 21
+"""The same for FP32: six integers of 21 bits add up to less than 2²⁴."""
 
+LARGEST_SINGLE = 2**24 // 6
 
-_GROWN: WeakKeyDictionary[Geometry, list[_SpanningForest]] = WeakKeyDictionary()
+SMALLEST_EXPONENT, SMALLEST_SINGLE_EXPONENT = -1074, -149
+"""Exponents of the smallest FP64 and FP32 numbers above zero."""
 
 
 class Conserved(NamedTuple):
@@ -54,7 +57,8 @@ def conserve(
         geometry: the box and its solids, batched or not.
         flux: any flux through the low faces [m³/s], or
         potential: a vector potential on the low edges, ∫A·dl [m³/s], of which the curl is taken.
-        harmonic: with a potential, the uniform flux through every face of each periodic axis [m³/s].
+        harmonic: with a potential, the uniform flux [m³/s] through every face of each axis that is periodic or open at
+            both ends.
         tol: net flux that the projection before the fixed-point step may leave, ‖net‖₂ / ‖flux‖₂, in voxel geometry.
             A looser one makes the correction larger, never the result less exact.
 
@@ -77,6 +81,59 @@ def conserve_report(
     tol: float = 1e-13,
 ) -> Conserved:
     """`conserve`, and the size of its correction."""
+    flux = _given_flux(flux, potential, harmonic, geometry)
+    solenoidal = decompose(flux, geometry, tol=0.0, floor=tol).solenoidal
+    result = _on_grid_of(_quantum(solenoidal, geometry), solenoidal, geometry)
+    size = geometry.mask(flux).abs().amax((-4, -3, -2, -1))
+    change = (result - solenoidal).abs().amax((-4, -3, -2, -1))
+    return Conserved(result, float(torch.where(size > 0, change / size, 0.0).amax()))
+
+
+@torch.no_grad()
+def quantise(
+    *,
+    geometry: Geometry,
+    flux: Float[Tensor, "*batch 3 nx ny nz"] | None = None,
+    potential: Float[Tensor, "*batch 3 nx ny nz"] | None = None,
+    harmonic: Float[Tensor, "*batch 3"] | None = None,
+) -> Float[Tensor, "*batch 3 nx ny nz"]:
+    """The same in FP32, for storage: net 0.0 in every cell of an empty box, added up in FP32 in any order.
+
+    The solenoidal flux is written as the curl of a vector potential, whose integers of 2⁻²¹ of the power of two above
+    the largest flux make integer fluxes: each face is within 2.4e-6 of the largest, four roundings of the potential and
+    one of the uniform flow. A box with inflow or outflow has no such potential: there the nets of rounded fluxes leave
+    along an axis as in `conserve`, and a face may be off by as many roundings as its line has cells.
+
+    Args:
+        geometry: a box without solids.
+        flux, potential, harmonic: as in `conserve`.
+
+    Raises:
+        ValueError: solids in the box, whose trees carry more than FP32's 24 bits hold; fluxes beyond FP32's range; and
+            what `conserve` refuses.
+    """
+    if not geometry.is_empty:
+        raise ValueError("Expected a box without solids, got voxels; store what `conserve` returns in FP64 instead.")
+    flux = _given_flux(flux, potential, harmonic, geometry)
+    flux = decompose(flux, geometry).solenoidal
+    largest = flux.abs().amax((-4, -3, -2, -1), keepdim=True)
+    if float(largest.amax()) > torch.finfo(torch.float32).max / 2:
+        raise ValueError(f"Expected fluxes within FP32's range, got {float(largest.amax()):.1e}; scale them first.")
+    quantum = _power_of_two(torch.frexp(largest).exponent - SINGLE_BITS, smallest=SMALLEST_SINGLE_EXPONENT)
+    if any(sum(geometry.grid.open_sides, ())):
+        # Long lines of roundings that add up ask for a coarser quantum.
+        while True:
+            result = _on_grid_of(quantum, flux, geometry)
+            if bool(((result / quantum).abs() <= LARGEST_SINGLE).all()):
+                return result.float()
+            quantum = 2 * quantum
+    edges, uniform = vector_potential(flux, geometry)
+    uniform = (uniform[..., None, None, None] / quantum).round()
+    return ((operators.curl((edges / quantum).round(), geometry.grid) + uniform) * quantum).float()
+
+
+def _given_flux(flux: Tensor | None, potential: Tensor | None, harmonic: Tensor | None, geometry: Geometry) -> Tensor:
+    """The FP64 flux that a flux, or a potential with or without a harmonic part, stands for."""
     if (flux is None) == (potential is None):
         raise ValueError("Expected either a flux or a potential, got " + ("neither." if flux is None else "both."))
     if harmonic is not None and potential is None:
@@ -84,17 +141,10 @@ def conserve_report(
     if potential is not None:
         flux = operators.curl(_finite(potential.double(), "potential"), geometry.grid)
         if harmonic is not None:
-            periodic = torch.tensor(geometry.grid.periodic, device=flux.device)
-            flux = flux + (_finite(harmonic.double(), "harmonic part") * periodic)[..., None, None, None]
+            through = torch.tensor(geometry.grid.through, device=flux.device)
+            flux = flux + (_finite(harmonic.double(), "harmonic part") * through)[..., None, None, None]
     assert flux is not None
-    solenoidal = decompose(_finite(flux.double(), "flux"), geometry, tol=0.0, floor=tol).solenoidal
-    quantum = _quantum(solenoidal, geometry.grid)
-    units = (solenoidal / quantum).round().to(torch.int64)
-    units = _balance(units, geometry)
-    result = units.double() * quantum
-    size = geometry.mask(flux.double()).abs().amax((-4, -3, -2, -1))
-    change = (result - solenoidal).abs().amax((-4, -3, -2, -1))
-    return Conserved(result, float(torch.where(size > 0, change / size, 0.0).amax()))
+    return _finite(flux.double(), "flux")
 
 
 def _finite(x: Tensor, name: str) -> Tensor:
@@ -104,109 +154,80 @@ def _finite(x: Tensor, name: str) -> Tensor:
     return x
 
 
-def _quantum(flux: Tensor, grid: Grid) -> Float[Tensor, "*batch 1 1 1 1"]:
+def _quantum(flux: Tensor, geometry: Geometry) -> Float[Tensor, "*batch 1 1 1 1"]:
     """The power of two of which a sample's fluxes become multiples.
 
     No branch of the tree carries more than Σ|net|. Where that is far above the largest flux (the projection has left
     little but its own residual) it sets the power, so that no integer passes 2⁵³.
     """
     largest = flux.abs().amax((-4, -3, -2, -1), keepdim=True)
-    carried = operators.div(flux, grid).abs().sum((-3, -2, -1))[..., None, None, None, None]
+    outflow = prescribed_outflow(geometry).to(flux.device)
+    carried = _net(flux, outflow, geometry).abs().sum((-3, -2, -1))[..., None, None, None, None]
     largest = torch.maximum(largest, carried / 8)
-    exponent = (torch.frexp(largest).exponent - FLUX_BITS).clamp(min=SMALLEST_EXPONENT)
-    return torch.ldexp(torch.ones_like(largest), exponent)
+    return _power_of_two(torch.frexp(largest).exponent - FLUX_BITS, smallest=SMALLEST_EXPONENT)
 
 
-def _balance(units: Tensor, geometry: Geometry) -> Tensor:
+def _power_of_two(exponent: Tensor, smallest: int) -> Tensor:
+    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent.clamp(min=smallest))
+
+
+def _on_grid_of(quantum: Tensor, flux: Tensor, geometry: Geometry) -> Tensor:
+    """A flux in multiples of a quantum, with net 0.0."""
+    outflow = prescribed_outflow(geometry).to(flux.device) / quantum.squeeze(-4)
+    units = (flux / quantum).round().to(torch.int64)
+    return _balance(units, outflow.round().to(torch.int64), geometry).double() * quantum
+
+
+def _net(flux: Tensor, outflow: Tensor, geometry: Geometry) -> Tensor:
+    """What is left in each cell: `operators.div`, and what a prescribed inflow says of the last cells before it."""
+    net = operators.stored_div(flux, geometry.grid) + outflow
+    for axis, (_, high) in enumerate(geometry.ends):
+        if high == "open":
+            net.select(axis - 3, -1).zero_()
+    return net
+
+
+def _balance(units: Tensor, outflow: Tensor, geometry: Geometry) -> Tensor:
     """Integer fluxes with the net of every cell carried away along a tree of open faces."""
+    net = _net(units, outflow, geometry)
     if geometry.is_empty:
-        return _balance_box(units, geometry.grid)
-    shape = units.shape
-    flat = units.reshape(-1, 3 * geometry.grid.num_cells).clone()
-    net = operators.div(units, geometry.grid).reshape(-1, geometry.grid.num_cells)
+        return _balance_box(units, net, geometry)
+    shape, num_cells = units.shape, geometry.grid.num_cells
+    flat, net = units.reshape(-1, 3 * num_cells).clone(), net.reshape(-1, num_cells)
     samples = torch.arange(flat.shape[0]).reshape(shape[:-4])
-    trees = torch.arange(max(1, int(np.prod(geometry.batch_shape)))).reshape(geometry.batch_shape)
+    trees = torch.arange(math.prod(geometry.batch_shape)).reshape(geometry.batch_shape)
     which = trees.expand(samples.shape).flatten()
-    for tree, forest in enumerate(_forests(geometry)):
+    for tree, forest in enumerate(spanning_forests(geometry)):
         rows = (which == tree).nonzero().flatten().to(units.device)
         flat[rows] = forest.carry(flat[rows], net[rows])
     return flat.reshape(shape)
 
 
-def _forests(geometry: Geometry) -> list[_SpanningForest]:
-    """One forest per sample of a geometry, grown once: a time loop asks for them at every step."""
-    if geometry not in _GROWN:
-        solids = geometry.solid.reshape(-1, *geometry.grid.shape)  # type: ignore[union-attr]
-        _GROWN[geometry] = [_SpanningForest(Geometry(geometry.grid, solid)) for solid in solids]
-    return _GROWN[geometry]
+def _balance_box(units: Tensor, net: Tensor, geometry: Geometry) -> Tensor:
+    """The empty box's tree in closed form.
 
-
-def _balance_box(units: Tensor, grid: Grid) -> Tensor:
-    """The empty box's tree in closed form: along x, then along y in the last plane, then along z in the last row."""
+    Out through the open end of one axis; without one, along x, then along y in the last plane, then along z in the last
+    row, and what an inflow rounded to integers leaves in the last cell back along a line to its side.
+    """
     units = units.clone()
-    net = operators.div(units, grid).cumsum(-3)
+    for axis, (low, high) in enumerate(geometry.ends):
+        dim, faces = axis - 3, units.select(-4, axis)
+        if high == "open":
+            faces.narrow(dim, 1, faces.shape[dim] - 1).sub_(net.cumsum(dim).narrow(dim, 0, faces.shape[dim] - 1))
+            return units
+        if low == "open":
+            faces.add_(net.flip(dim).cumsum(dim).flip(dim))
+            return units
+    net = net.cumsum(-3)
     units[..., 0, 1:, :, :] -= net[..., :-1, :, :]
     net = net[..., -1, :, :].cumsum(-2)
     units[..., 1, -1, 1:, :] -= net[..., :-1, :]
     net = net[..., -1, :].cumsum(-1)
     units[..., 2, -1, -1, 1:] -= net[..., :-1]
+    left = net[..., -1:]
+    inlets = [SIDES.index(side) for side in geometry.inflow]
+    if inlets and not any(side % 2 for side in inlets):
+        axis = inlets[0] // 2
+        line = units.select(-4, axis).movedim(axis - 3, -1)[..., -1, -1, :]
+        line += left
     return units
-
-
-class _SpanningForest:
-    """A breadth-first tree in each connected pore space: each cell but the roots has a parent and a face to it."""
-
-    def __init__(self, geometry: Geometry) -> None:
-        from scipy.sparse import coo_matrix
-        from scipy.sparse.csgraph import breadth_first_order, connected_components
-
-        n = geometry.grid.num_cells
-        cells = np.arange(n).reshape(geometry.grid.shape)
-        axis, high = np.nonzero(geometry.open_faces.cpu().numpy().reshape(3, n))
-        low = np.stack([np.roll(cells, 1, a).ravel() for a in range(3)])[axis, high]
-        links = coo_matrix((np.ones(low.size), (low, high)), shape=(n + 1, n + 1)).tocsr()
-        regions = connected_components(links[:n, :n], directed=False)[1]
-        roots = np.unique(regions, return_index=True)[1]
-        # One search serves all regions: it starts at an extra node n that is linked to the root of each.
-        entry = coo_matrix((np.ones(roots.size), (np.full(roots.size, n), roots)), shape=(n + 1, n + 1)).tocsr()
-        # scipy gives 32-bit indices; products of two cell numbers below need 64.
-        order, parent = (x.astype(np.int64) for x in breadth_first_order(links + entry, n, directed=False))
-        position = np.empty(n + 1, dtype=np.int64)
-        position[order] = np.arange(n + 1)
-        level = [1, 1 + roots.size]  # where each depth begins in the order: the roots, their children, …
-        parent_position = position[parent[order[1:]]]
-        while level[-1] <= n:
-            level.append(1 + int(np.searchsorted(parent_position, level[-1])))
-        child = order[level[1] :]
-        above = parent[child]
-        face, child_is_high = self._faces_between(child, above, low, high, axis * n + high, n + 1)
-        columns = (child, above, face, np.where(child_is_high, 1, -1))
-        cuts = np.asarray(level[2:-1], dtype=np.int64) - level[1]
-        self.levels = [
-            tuple(torch.from_numpy(part.astype(np.int64)) for part in parts)
-            for parts in zip(*(np.split(column, cuts) for column in columns), strict=True)
-        ]
-
-    @staticmethod
-    def _faces_between(
-        child: np.ndarray, parent: np.ndarray, low: np.ndarray, high: np.ndarray, face: np.ndarray, base: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """One open face that a child shares with its parent, and whether it is the child's own low face."""
-        pairs, first = np.unique(low * base + high, return_index=True)
-        if pairs.size == 0:
-            return child, child == parent
-        own = parent * base + child
-        place = np.searchsorted(pairs, own).clip(max=pairs.size - 1)
-        child_is_high = pairs[place] == own
-        place = np.where(child_is_high, place, np.searchsorted(pairs, child * base + parent))
-        return face[first[place]], child_is_high
-
-    def carry(self, units: Tensor, net: Tensor) -> Tensor:
-        """Move every cell's net into its parent, deepest cells first, by changing the face between the two."""
-        units, net = units.clone(), net.clone()
-        for level in reversed(self.levels):
-            child, parent, face, sign = (column.to(units.device) for column in level)
-            excess = net[:, child]
-            units[:, face] += sign * excess
-            net.index_add_(1, parent, excess)
-        return units

@@ -7,25 +7,33 @@ Everything in the library lives on a staggered (MAC) complex over such a box. A 
     edge  a of cell i: parallel to axis a, at the low corner of cell i
 
 On a periodic axis the high face of the last cell is face 0. On a wall the low face 0 and the (unstored) high
-face are closed: nothing flows through them.
+face are closed: nothing flows through them. Through an open side (inflow, outflow) something flows: its low faces are
+stored like any other, and the flux through a high face, which is not stored, closes the balance of the last cell.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, wraps
+from types import MappingProxyType
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-Boundary = Literal["periodic", "no_slip", "free_slip"]
-BOUNDARIES: tuple[Boundary, ...] = ("periodic", "no_slip", "free_slip")
+Boundary = Literal["periodic", "no_slip", "free_slip", "inflow", "outflow"]
+BOUNDARIES: tuple[Boundary, ...] = ("periodic", "no_slip", "free_slip", "inflow", "outflow")
+SIDES = ("x-", "x+", "y-", "y+", "z-", "z+")
+"""Names of the sides of a box, in the order (axis, low or high)."""
+End = Literal["periodic", "closed", "open"]
+"""What the end of an axis is to a flux: at a closed end it is given (zero, or an inflow), at an open one it is free."""
 Boundaries = tuple[tuple[Boundary, Boundary], tuple[Boundary, Boundary], tuple[Boundary, Boundary]]
+Ends = tuple[tuple[End, End], tuple[End, End], tuple[End, End]]
 PERIODIC: Boundaries = (("periodic", "periodic"),) * 3
 
 
@@ -36,7 +44,8 @@ class Grid:
     Args:
         shape: number of cells per axis, each ≥ 2.
         spacing: cell size per axis (dx, dy, dz) [m], > 0; the three may differ.
-        boundaries: per axis the (low, high) pair, each ``periodic | no_slip | free_slip``. Default: periodic.
+        boundaries: per axis the (low, high) pair, each ``periodic | no_slip | free_slip | inflow | outflow``. Default:
+            periodic.
 
     Raises:
         ValueError: a shape, spacing or boundary that no box can have.
@@ -67,6 +76,18 @@ class Grid:
     def periodic(self) -> tuple[bool, bool, bool]:
         """Whether each axis is periodic."""
         x, y, z = (pair[0] == "periodic" for pair in self.boundaries)
+        return x, y, z
+
+    @property
+    def open_sides(self) -> tuple[tuple[bool, bool], tuple[bool, bool], tuple[bool, bool]]:
+        """Per axis, whether something flows through its (low, high) side: an inflow or an outflow."""
+        x, y, z = ((low in ("inflow", "outflow"), high in ("inflow", "outflow")) for low, high in self.boundaries)
+        return x, y, z
+
+    @property
+    def through(self) -> tuple[bool, bool, bool]:
+        """Whether a uniform flow along each axis can pass: it is periodic, or open at both ends."""
+        x, y, z = (p or all(pair) for p, pair in zip(self.periodic, self.open_sides, strict=True))
         return x, y, z
 
     @property
@@ -118,31 +139,54 @@ class Grid:
 
 @dataclass(frozen=True, eq=False)
 class Geometry:
-    """A grid and the solid voxels in it.
+    """A grid, the solid voxels in it, and what flows in through its sides.
 
     Args:
         grid: the box.
         solid: boolean voxels, True where solid, shape ``(*batch, nx, ny, nz)``; None for an empty box. Batch axes
             broadcast against the leading axes of the fields, so a set of samples can carry one geometry each.
+        inflow: velocity into the box [m/s] through inflow sides, by the side's name (``x-``, ``x+``, … ``z+``): a
+            number, or a profile over the side's cells, such as ``(ny, nz)``, perhaps with the batch axes of `solid` in
+            front. An inflow side without one is an opening, as an outflow is: a flux says what flows through it.
 
     Raises:
-        ValueError: voxels of another shape or type than the grid's, or a box without a single fluid cell.
+        ValueError: voxels of another shape or type than the grid's, a box without a single fluid cell, or an inflow
+            through a side that is none or of another shape than the side.
     """
 
     grid: Grid
     solid: Bool[Tensor, "*batch nx ny nz"] | None = None
+    inflow: Mapping[str, float | Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.solid is None:
-            return
-        solid = torch.as_tensor(self.solid)
-        if solid.dtype != torch.bool:
-            raise ValueError(f"Expected boolean solid voxels, got {solid.dtype}; pass `solid > 0.5` or the like.")
-        if tuple(solid.shape[-3:]) != self.grid.shape:
-            raise ValueError(f"Expected solid voxels of shape (…, {self.grid.shape}), got {tuple(solid.shape)}.")
-        if bool(solid.flatten(-3).all(-1).any()):
-            raise ValueError("Expected at least one fluid cell in every sample, got a box that is solid throughout.")
-        object.__setattr__(self, "solid", solid if bool(solid.any()) else None)
+        object.__setattr__(self, "inflow", MappingProxyType(dict(self.inflow)))
+        if self.solid is not None:
+            solid = torch.as_tensor(self.solid)
+            if solid.dtype != torch.bool:
+                raise ValueError(f"Expected boolean solid voxels, got {solid.dtype}; pass `solid > 0.5` or the like.")
+            if tuple(solid.shape[-3:]) != self.grid.shape:
+                raise ValueError(f"Expected solid voxels of shape (…, {self.grid.shape}), got {tuple(solid.shape)}.")
+            if bool(solid.flatten(-3).all(-1).any()):
+                raise ValueError("Expected at least one fluid cell in every sample, got one that is solid throughout.")
+            object.__setattr__(self, "solid", solid if bool(solid.any()) else None)
+        for side, profile in self.inflow.items():
+            inflows = [s for s, b in zip(SIDES, sum(self.grid.boundaries, ()), strict=True) if b == "inflow"]
+            if side not in inflows:
+                names = " | ".join(inflows) or "no side at all"
+                raise ValueError(f"Expected a velocity for an inflow side ({names}), got one for {side!r}.")
+            shape = tuple(n for axis, n in enumerate(self.grid.shape) if axis != SIDES.index(side) // 2)
+            values = torch.as_tensor(profile)
+            if values.ndim and tuple(values.shape[-2:]) != shape:
+                raise ValueError(
+                    f"Expected a number or a profile of shape (…, {shape}) on {side}, got {tuple(values.shape)}."
+                )
+            if values.ndim > 2 and tuple(values.shape[:-2]) != self.batch_shape:
+                raise ValueError(
+                    f"Expected the batch axes {self.batch_shape} of the solid before the profile on {side}, got "
+                    f"{tuple(values.shape[:-2])}."
+                )
+            if not bool(torch.isfinite(values).all()):
+                raise ValueError(f"Expected a finite velocity on {side}, got NaN or infinity.")
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -156,25 +200,33 @@ class Geometry:
 
     def to(self, device: torch.device | str) -> Geometry:
         """The same geometry on another device."""
-        return self if self.solid is None else Geometry(self.grid, self.solid.to(device))
+        moved = {s: p.to(device) if isinstance(p, Tensor) else p for s, p in self.inflow.items()}
+        if self.solid is None and not moved:
+            return self
+        return Geometry(self.grid, None if self.solid is None else self.solid.to(device), moved)
 
     def __getitem__(self, index: Any) -> Geometry:
         """The geometry of some samples of a batch; an unbatched geometry is everybody's."""
-        return self if not self.batch_shape else Geometry(self.grid, self.solid[index])  # type: ignore[index]
+        if not self.batch_shape:
+            return self
+        profiles = {s: p[index] if isinstance(p, Tensor) and p.ndim > 2 else p for s, p in self.inflow.items()}
+        return Geometry(self.grid, self.solid[index], profiles)  # type: ignore[index]
 
     @classmethod
     def stack(cls, geometries: Sequence[Geometry]) -> Geometry:
         """One batch from the geometries of several samples; what each has worked out about itself is kept.
 
         Raises:
-            ValueError: samples on different grids.
+            ValueError: samples on different grids, or with different inflows.
         """
-        grid = geometries[0].grid
-        if any(g.grid != grid for g in geometries):
+        first = geometries[0]
+        if any(g.grid != first.grid for g in geometries):
             raise ValueError("Expected samples on one grid, got several; batch each grid by itself.")
+        if any(not _equal_inflow(first.inflow, g.inflow) for g in geometries):
+            raise ValueError("Expected samples with one inflow, got several; batch each inflow by itself.")
         if all(g.is_empty for g in geometries):
-            return geometries[0]
-        batch = cls(grid, torch.stack([~g.fluid for g in geometries]))
+            return first
+        batch = cls(first.grid, torch.stack([~g.fluid for g in geometries]), first.inflow)
         for name in ("open_faces", "wall_distance"):
             batch.__dict__[name] = torch.stack([getattr(g, name) for g in geometries])
         return batch
@@ -186,11 +238,34 @@ class Geometry:
 
     @cached_property
     def open_faces(self) -> Bool[Tensor, "*batch 3 nx ny nz"]:
-        """True on the faces through which something can flow: no wall of the box, and fluid on both sides."""
+        """True on the low faces through which something can flow: no wall of the box, and fluid on both sides."""
         fluid = self.fluid
         faces = torch.stack([fluid & fluid.roll(1, dims=axis - 3) for axis in range(3)], dim=-4)
         for axis, periodic in enumerate(self.grid.periodic):
             if not periodic:
+                beside = fluid.select(axis - 3, 0) & self.grid.open_sides[axis][0]
+                faces.select(-4, axis).select(axis - 3, 0).copy_(beside)
+        return faces
+
+    @property
+    def ends(self) -> Ends:
+        """What each (low, high) end of an axis is to a flux; a side with a prescribed inflow counts as closed."""
+        names: list[End] = [
+            "periodic" if boundary == "periodic" else "open" if is_open and side not in self.inflow else "closed"
+            for side, boundary, is_open in zip(
+                SIDES, sum(self.grid.boundaries, ()), sum(self.grid.open_sides, ()), strict=True
+            )
+        ]
+        return (names[0], names[1]), (names[2], names[3]), (names[4], names[5])
+
+    @cached_property
+    def free_faces(self) -> Bool[Tensor, "*batch 3 nx ny nz"]:
+        """True on the open faces whose flux is not prescribed."""
+        if not self.inflow:
+            return self.open_faces
+        faces = self.open_faces.clone()
+        for axis, (low, _) in enumerate(self.ends):
+            if low == "closed":
                 faces.select(-4, axis).select(axis - 3, 0).fill_(False)
         return faces
 
@@ -232,3 +307,27 @@ class Geometry:
             beyond = torch.from_numpy(to_solid).reshape(distance.shape) - 0.5 * min(grid.spacing)
             distance = torch.minimum(distance, beyond.clamp(min=0.0))
         return distance
+
+
+def _equal_inflow(one: Mapping[str, float | Tensor], other: Mapping[str, float | Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.equal(torch.as_tensor(one[s]), torch.as_tensor(other[s])) for s in one
+    )
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def per_geometry(work: Callable[Concatenate[Geometry, P], T]) -> Callable[Concatenate[Geometry, P], T]:
+    """Remember what a function of a geometry (and of hashable arguments) returned, while the geometry lives."""
+    known: WeakKeyDictionary[Geometry, dict[Any, T]] = WeakKeyDictionary()
+
+    @wraps(work)
+    def remembered(geometry: Geometry, *args: P.args, **kwargs: P.kwargs) -> T:
+        results, key = known.setdefault(geometry, {}), (args, tuple(sorted(kwargs.items())))
+        if key not in results:
+            results[key] = work(geometry, *args, **kwargs)
+        return results[key]
+
+    return remembered

@@ -19,7 +19,7 @@ from latentphys.grid import Grid
 
 
 def shift(x: Tensor, axis: int, offset: int, grid: Grid) -> Tensor:
-    """``x`` at index i + offset (offset ±1) along spatial axis 0, 1 or 2: periodic, or zero beyond a wall."""
+    """``x`` at index i + offset (offset ±1) along spatial axis 0, 1 or 2: periodic, or zero beyond the box."""
     dim = axis - 3
     if grid.periodic[axis]:
         return x.roll(-offset, dims=dim)
@@ -39,8 +39,8 @@ def check_shape(x: Tensor, grid: Grid, components: bool) -> None:
 
 
 def _zero_low_wall(x: Tensor, axis: int, grid: Grid) -> Tensor:
-    """``x`` with zero at index 0 of a walled axis."""
-    if grid.periodic[axis]:
+    """``x`` with zero at index 0 of an axis that begins with a wall."""
+    if grid.periodic[axis] or grid.open_sides[axis][0]:
         return x
     dim = axis - 3
     return torch.cat([torch.zeros_like(x.narrow(dim, 0, 1)), x.narrow(dim, 1, x.shape[dim] - 1)], dim=dim)
@@ -50,15 +50,46 @@ def div(flux: Num[Tensor, "*batch 3 nx ny nz"], grid: Grid) -> Num[Tensor, "*bat
     """Net flux out of each cell [m³/s], or in the units of an integer flux: Σ_a F_a(i + e_a) − F_a(i).
 
     The result is the cell integral of the divergence; divide by ``grid.cell_volume`` for ∇·u [1/s]. A flux through
-    the low wall counts, so that an inadmissible field shows.
+    the low wall counts, so that an inadmissible field shows. In the last cells before an open high side the net is zero
+    by definition: the flux through the side is what closes their balance (`high_faces`, `projection.through_sides`).
     """
+    net = stored_div(flux, grid)
+    for axis, (_, high) in enumerate(grid.open_sides):
+        if high:
+            net.select(axis - 3, -1).zero_()
+    return net
+
+
+def stored_div(flux: Num[Tensor, "*batch 3 nx ny nz"], grid: Grid) -> Num[Tensor, "*batch nx ny nz"]:
+    """`div` of the faces that are stored: before an open high side, minus what flows out through that side."""
     check_shape(flux, grid, components=True)
     parts = [shift(flux[..., a, :, :, :], a, 1, grid) - flux[..., a, :, :, :] for a in range(3)]
     return parts[0] + parts[1] + parts[2]
 
 
+def high_faces(flux: Float[Tensor, "*batch 3 nx ny nz"], grid: Grid) -> Float[Tensor, "*batch 3 nx ny nz"]:
+    """Flux through the high face of each cell.
+
+    Those of open high sides are what closes the balance of the last cells. A cell with several of them shares it as a
+    uniform pressure behind them would, in proportion to face area / cell size.
+    """
+    faces = torch.stack([shift(flux[..., a, :, :, :], a, 1, grid) for a in range(3)], dim=-4)
+    if not any(high for _, high in grid.open_sides):
+        return faces
+    share = torch.zeros_like(faces)
+    for axis, (_, high) in enumerate(grid.open_sides):
+        if high:
+            share.select(-4, axis).select(axis - 3, -1).fill_(grid.face_areas[axis] / grid.spacing[axis])
+    share = share / share.sum(-4, keepdim=True).clamp(min=torch.finfo(share.dtype).tiny)
+    return faces - share * stored_div(flux, grid).unsqueeze(-4)
+
+
 def grad(scalar: Float[Tensor, "*batch nx ny nz"], grid: Grid) -> Float[Tensor, "*batch 3 nx ny nz"]:
-    """Difference of a cell scalar across low faces, p(i) − p(i − e_a), zero on walls: minus the adjoint of `div`."""
+    """Difference of a cell scalar across low faces, p(i) − p(i − e_a), zero on walls: minus the adjoint of `div`.
+
+    Beyond an open low side the scalar counts as zero. Where a high side is open, it is the adjoint for scalars that
+    vanish in the last cells before it, whose balance `div` leaves out.
+    """
     check_shape(scalar, grid, components=False)
     return torch.stack([_zero_low_wall(scalar - shift(scalar, a, -1, grid), a, grid) for a in range(3)], dim=-4)
 
@@ -67,7 +98,8 @@ def curl(potential: Float[Tensor, "*batch 3 nx ny nz"], grid: Grid) -> Float[Ten
     """Flux through each face from the circulation of a vector potential round it (Stokes).
 
     ``potential`` holds ∫A·dl along each low edge [m³/s]; it counts as zero on the edges that lie in a wall, so nothing
-    flows through walls. ``div(curl(A)) = 0`` identically, in floating point to the rounding of three additions.
+    flows through walls, and continues unchanged beyond an open high side. ``div(curl(A)) = 0`` identically, in floating
+    point to the rounding of three additions.
     """
     check_shape(potential, grid, components=True)
     a = []
@@ -79,7 +111,10 @@ def curl(potential: Float[Tensor, "*batch 3 nx ny nz"], grid: Grid) -> Float[Ten
         a.append(edge)
 
     def d(edge: Tensor, axis: int) -> Tensor:
-        return shift(edge, axis, 1, grid) - edge
+        difference = shift(edge, axis, 1, grid) - edge
+        if grid.open_sides[axis][1]:
+            difference.select(axis - 3, -1).zero_()
+        return difference
 
     return torch.stack([d(a[2], 1) - d(a[1], 2), d(a[0], 2) - d(a[2], 0), d(a[1], 0) - d(a[0], 1)], dim=-4)
 
@@ -96,8 +131,7 @@ def flux_of(velocity: Float[Tensor, "*batch 3 nx ny nz"], grid: Grid) -> Float[T
 
 def cell_velocity(flux: Float[Tensor, "*batch 3 nx ny nz"], grid: Grid) -> Float[Tensor, "*batch 3 nx ny nz"]:
     """Velocity at cell centres [m/s], the mean of the two faces of each axis; second order. For pictures and export."""
-    u = velocity(flux, grid)
-    return torch.stack([0.5 * (u[..., a, :, :, :] + shift(u[..., a, :, :, :], a, 1, grid)) for a in range(3)], dim=-4)
+    return velocity(0.5 * (flux + high_faces(flux, grid)), grid)
 
 
 def mean_velocity(flux: Float[Tensor, "*batch 3 nx ny nz"], grid: Grid) -> Float[Tensor, "*batch 3"]:
@@ -106,19 +140,22 @@ def mean_velocity(flux: Float[Tensor, "*batch 3 nx ny nz"], grid: Grid) -> Float
 
 
 def kinetic_energy(flux: Float[Tensor, "*batch 3 nx ny nz"], grid: Grid) -> Float[Tensor, "*batch"]:
-    """Kinetic energy per unit mass, averaged over the box: ½⟨u·u⟩ on the faces [m²/s²]."""
+    """Kinetic energy per unit mass, averaged over the box: ½⟨u·u⟩ on the low faces [m²/s²]."""
     return 0.5 * velocity(flux, grid).square().mean((-3, -2, -1)).sum(-1)
 
 
 def vorticity(flux: Float[Tensor, "*batch 3 nx ny nz"], grid: Grid) -> Float[Tensor, "*batch 3 nx ny nz"]:
     """Vorticity on each low edge [1/s], from the face velocities around it; second order away from walls.
 
-    On the edges of a wall it is one-sided and counts the wall as at rest.
+    On the edges of a wall it is one-sided and counts the wall as at rest; across an open low side nothing changes.
     """
     u = velocity(flux, grid)
 
     def d(component: int, axis: int) -> Tensor:
         face = u[..., component, :, :, :]
-        return (face - shift(face, axis, -1, grid)) / grid.spacing[axis]
+        difference = (face - shift(face, axis, -1, grid)) / grid.spacing[axis]
+        if grid.open_sides[axis][0]:
+            difference.select(axis - 3, 0).zero_()
+        return difference
 
     return torch.stack([d(2, 1) - d(1, 2), d(0, 2) - d(2, 0), d(1, 0) - d(0, 1)], dim=-4)

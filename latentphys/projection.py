@@ -1,22 +1,23 @@
 """Orthogonal projection of a flux onto its solenoidal and harmonic parts, in empty boxes and round voxels.
 
-With D = `operators.div`, G = `operators.grad`, the open-face mask M and the metric C = face area / cell size,
+With D = `operators.div`, G = `operators.grad`, the mask M of the free faces and the metric C = face area / cell size,
 
     P F = M F − C M G φ,        D C M G φ = D M F,
 
 is orthogonal in the kinetic-energy inner product ⟨F, H⟩ = Σ F·H / C, keeps every net flow that no potential can carry,
-and lets nothing through walls and solids. An empty box is solved directly (FFT along periodic axes, DCT along walled
-ones); voxels by conjugate gradients, with that direct solve as preconditioner. The adjoint is Pᵀ = C⁻¹ P C, so the
-backward pass is one more projection.
+and lets nothing through walls and solids. An empty box is solved directly (`separable`); voxels by conjugate gradients.
 
-Reference: Chorin, Math. Comp. 22 (1968); for the DCT, Strang, SIAM Rev. 41 (1999).
+φ has no gradient across walls and prescribed inflows, and is zero on open sides, half a cell beyond the last cells,
+where C doubles. What such a side lets through is part of the field even where it is not stored: its energy counts, and
+the flux given is taken to close the balance of its last cells. A prescribed inflow is taken off before and put back
+after, as one solenoidal flux that has it (`inflow_flux`): P above is linear, and its adjoint as cheap as itself.
+
+Reference: Chorin, Math. Comp. 22 (1968).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from functools import lru_cache
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from latentphys import operators
-from latentphys.grid import Geometry, Grid
+from latentphys.grid import SIDES, Geometry, Grid, per_geometry
+from latentphys.separable import box_poisson
+from latentphys.topology import regions
 
 DEFAULT_TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 
@@ -48,7 +51,7 @@ def project(
 
     Args:
         flux: any flux [m³/s], FP32 or FP64, on any device; the result has its dtype.
-        geometry: the box and its solids, batched or not.
+        geometry: the box, its solids and its inflow, batched or not.
         tol: largest ‖net flux‖₂ after against before, per sample. Default 1e-6 (FP32) or 1e-12 (FP64). Good values
             inside a training loss: 1e-2 … 1e-3. An empty box is solved to rounding whatever this says.
         max_iterations: bound on the conjugate-gradient iterations.
@@ -60,20 +63,33 @@ def project(
         ValueError: another shape than the grid's, or a dtype other than FP32 and FP64.
         ConvergenceError: the tolerance was not reached.
     """
-    return _Project.apply(flux, geometry, tol, max_iterations)
+    _check(flux, geometry)
+    if not geometry.inflow:
+        return _Project.apply(flux, geometry, tol, max_iterations, False)
+    given = inflow_flux(geometry).to(flux)
+    return _Project.apply(flux - given, geometry, tol, max_iterations, False) + given
 
 
 class _Project(torch.autograd.Function):
+    """P, or its adjoint Pᵀ = M (1 − G L⁻¹ D C M) with L = D C M G, each the other's derivative."""
+
     @staticmethod
-    def forward(ctx: Any, flux: Tensor, geometry: Geometry, tol: float | None, max_iterations: int) -> Tensor:
-        ctx.arguments = geometry, tol, max_iterations
-        return decompose(flux, geometry, tol, max_iterations=max_iterations).solenoidal
+    def forward(
+        ctx: Any, flux: Tensor, geometry: Geometry, tol: float | None, max_iterations: int, adjoint: bool
+    ) -> Tensor:
+        ctx.arguments = geometry, tol, max_iterations, not adjoint
+        if not adjoint:
+            return _project(flux, geometry, tol, None, max_iterations, 0.0).solenoidal
+        flux = torch.where(geometry.free_faces.to(flux.device), flux, 0.0)
+        weighted = flux * face_conductance(geometry, flux)
+        net = operators.stored_div(weighted, geometry.grid)
+        potential = solve(net, weighted, geometry, tol, None, max_iterations)[0]
+        gradient = operators.grad(_close(potential, geometry), geometry.grid)
+        return flux - torch.where(geometry.free_faces.to(flux.device), gradient, 0.0)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        geometry, tol, max_iterations = ctx.arguments
-        metric = _metric(geometry.grid, grad_output)
-        return _Project.apply(grad_output * metric, geometry, tol, max_iterations) / metric, None, None, None
+        return _Project.apply(grad_output, *ctx.arguments), None, None, None, None
 
 
 @torch.no_grad()
@@ -91,44 +107,190 @@ def decompose(
         floor: a net flux small enough whatever `tol` says, ‖net flux‖₂ relative to ‖flux‖₂.
         guess: a potential to start from, such as the one before it in a time loop. Used only where there are solids.
     """
+    _check(flux, geometry)
+    if not geometry.inflow:
+        return _project(flux, geometry, tol, guess, max_iterations, floor)
+    given = inflow_flux(geometry).to(flux)
+    done = _project(flux - given, geometry, tol, guess, max_iterations, floor)
+    return done._replace(solenoidal=done.solenoidal + given)
+
+
+@per_geometry
+@torch.no_grad()
+def inflow_flux(geometry: Geometry) -> Float[Tensor, "*batch 3 nx ny nz"]:
+    """The solenoidal flux of least energy [m³/s] with the geometry's prescribed inflow, in FP64; zero without one.
+
+    What flows in leaves through the open sides. Into a pore space that has none nothing can flow on balance: there the
+    inflow is lowered by the same velocity on every face of it.
+    """
+    inward = _balanced_inflow(geometry)
+    flux = geometry.fluid.new_zeros((*geometry.batch_shape, 3, *geometry.grid.shape), dtype=torch.float64)
+    for side, values in inward.items():
+        axis, high = divmod(SIDES.index(side), 2)
+        if not high:
+            flux.select(-4, axis).select(axis - 3, 0).copy_(values)
+    net = operators.stored_div(flux, geometry.grid) + prescribed_outflow(geometry)
+    potential = solve(net, flux, geometry, 1e-13, None, 2000)[0]
+    subtract_gradient(flux, potential, geometry)
+    return flux
+
+
+@per_geometry
+def prescribed_outflow(geometry: Geometry) -> Float[Tensor, "*batch nx ny nz"]:
+    """What the prescribed inflow through high sides, which no array stores, adds to the net of each cell [m³/s]."""
+    net = geometry.fluid.new_zeros((*geometry.batch_shape, *geometry.grid.shape), dtype=torch.float64)
+    for side, values in _balanced_inflow(geometry).items():
+        axis, high = divmod(SIDES.index(side), 2)
+        if high:
+            net.select(axis - 3, -1).sub_(values)
+    return net
+
+
+def _balanced_inflow(geometry: Geometry) -> dict[str, Float[Tensor, "*batch n m"]]:
+    """Flux into the box through each cell's face on the sides with a prescribed inflow [m³/s].
+
+    Over every pore space that has no opening it is lowered, by the same velocity on every face, to zero in total.
+    """
+    if not geometry.inflow:
+        return {}
+    fluid, label = geometry.fluid.double(), regions(geometry) + 1
+    total, area, opening = (fluid.new_zeros((*geometry.batch_shape, int(label.max()) + 1)) for _ in range(3))
+    inward = {}
+    for axis, end in itertools.product(range(3), (0, 1)):
+        side, index = SIDES[2 * axis + end], -end
+        beside = label.select(axis - 3, index).flatten(-2)
+        faces = fluid.select(axis - 3, index) * geometry.grid.face_areas[axis]
+        if side in geometry.inflow:
+            inward[side] = torch.as_tensor(geometry.inflow[side]).to(fluid) * faces
+            total.scatter_add_(-1, beside, inward[side].flatten(-2))
+            area.scatter_add_(-1, beside, faces.flatten(-2))
+        elif geometry.ends[axis][end] == "open":
+            opening.scatter_add_(-1, beside, faces.flatten(-2))
+    excess = torch.where((opening == 0) & (area > 0), total / area, 0.0)
+    for side, values in inward.items():
+        axis, end = divmod(SIDES.index(side), 2)
+        beside = label.select(axis - 3, -end)
+        faces = fluid.select(axis - 3, -end) * geometry.grid.face_areas[axis]
+        inward[side] = values - faces * excess.gather(-1, beside.flatten(-2)).reshape(faces.shape)
+    return inward
+
+
+def through_sides(
+    flux: Float[Tensor, "*batch 3 nx ny nz"], geometry: Geometry
+) -> dict[str, Float[Tensor, "*batch n m"]]:
+    """Flux through each face of the inflow and outflow sides of a box, along the axis [m³/s], by the side's name.
+
+    A prescribed inflow through a high side is what the geometry says; the other high sides carry what then closes the
+    balance of their cells, shared as in `operators.high_faces`.
+    """
+    grid, given = geometry.grid, prescribed_outflow(geometry).to(flux)
+    left = -(operators.stored_div(flux, grid) + given)
+    sinks = torch.zeros_like(left)
+    metric = conductances(grid)
+    for axis, (_, high) in enumerate(geometry.ends):
+        if high == "open":
+            sinks.select(axis - 3, -1).add_(metric[axis])
+    inward = _balanced_inflow(geometry)
+    sides = {}
+    for axis, (has_low, has_high) in enumerate(grid.open_sides):
+        if has_low:
+            sides[SIDES[2 * axis]] = flux.select(-4, axis).select(axis - 3, 0)
+        if (side := SIDES[2 * axis + 1]) in inward:
+            sides[side] = -inward[side].to(flux).expand(left.select(axis - 3, -1).shape)
+        elif has_high:
+            sides[side] = left.select(axis - 3, -1) * (metric[axis] / sinks.select(axis - 3, -1))
+    return sides
+
+
+def _check(flux: Tensor, geometry: Geometry) -> None:
     if flux.dtype not in DEFAULT_TOLERANCE:
         raise ValueError(f"Expected a flux in FP32 or FP64, got {flux.dtype}; convert it first.")
-    tol = DEFAULT_TOLERANCE[flux.dtype] if tol is None else tol
     operators.check_shape(flux, geometry.grid, components=True)
-    grid, masked = geometry.grid, geometry.mask(flux)
-    net = operators.div(masked, grid)
-    if geometry.is_empty:
-        potential, iterations = box_poisson(grid, flux.dtype, flux.device)(net), 0
-    else:
-        # The squares of fluxes in micrometre pores underflow in FP32; a power of two changes no bit of the others.
-        scale = _power_of_two(masked)
-        small = max(floor, 8 * torch.finfo(flux.dtype).eps) * (masked / scale).square().sum((-4, -3, -2, -1)).sqrt()
-        scale = scale.squeeze(-4)
-        guess = None if guess is None else guess / scale
-        potential, iterations = _conjugate_gradients(net / scale, geometry, tol, small, guess, max_iterations)
-        potential = potential * scale
-    _subtract_gradient(masked, potential, geometry)
+
+
+def _project(
+    flux: Tensor, geometry: Geometry, tol: float | None, guess: Tensor | None, max_iterations: int, floor: float
+) -> Decomposition:
+    masked = torch.where(geometry.free_faces.to(flux.device), flux, 0.0)
+    net = _close(operators.stored_div(masked, geometry.grid), geometry)
+    potential, iterations = solve(net, masked, geometry, tol, guess, max_iterations, floor)
+    subtract_gradient(masked, potential, geometry)
     return Decomposition(masked, potential, iterations)
 
 
-def _metric(grid: Grid, like: Tensor) -> Float[Tensor, "3 1 1 1"]:
+def solve(
+    net: Tensor,
+    flux: Tensor,
+    geometry: Geometry,
+    tol: float | None,
+    guess: Tensor | None,
+    max_iterations: int,
+    floor: float = 0.0,
+) -> tuple[Tensor, int]:
+    """φ with L φ = net [m³/s], the net of some flux, and the number of iterations that took."""
+    grid, dtype = geometry.grid, net.dtype
+    if geometry.is_empty:
+        return box_poisson(grid, geometry.ends, dtype, net.device)(net), 0
+    tol = DEFAULT_TOLERANCE[dtype] if tol is None else tol
+    # The squares of fluxes in micrometre pores underflow in FP32; a power of two changes no bit of the others.
+    scale = _power_of_two(flux)
+    small = max(floor, 8 * torch.finfo(dtype).eps) * (flux / scale).square().sum((-4, -3, -2, -1)).sqrt()
+    scale = scale.squeeze(-4)
+    guess = None if guess is None else guess / scale
+    potential, iterations = _conjugate_gradients(net / scale, geometry, tol, small, guess, max_iterations)
+    return potential * scale, iterations
+
+
+def _close(net: Tensor, geometry: Geometry) -> Tensor:
+    """The net, in place, with what the unstored faces of open high sides make of it: nothing in the last cells."""
+    for axis, (_, high) in enumerate(geometry.ends):
+        if high == "open":
+            net.select(axis - 3, -1).zero_()
+    return net
+
+
+def conductances(grid: Grid) -> tuple[float, float, float]:
     """C = face area / cell size [m], which turns a difference of φ into a flux."""
-    ax, ay, az = (area / h for area, h in zip(grid.face_areas, grid.spacing, strict=True))
-    return grid.per_face((ax, ay, az), like)
+    x, y, z = (area / h for area, h in zip(grid.face_areas, grid.spacing, strict=True))
+    return x, y, z
 
 
-def _subtract_gradient(flux: Tensor, potential: Tensor, geometry: Geometry) -> None:
+def face_conductance(geometry: Geometry, like: Tensor) -> Float[Tensor, "3 nx ny nz"]:
+    """C on every stored face: twice as large on the low faces of open sides, half a cell from where φ is zero."""
+    metric = geometry.grid.per_face(conductances(geometry.grid), like).expand(3, *geometry.grid.shape).clone()
+    for axis, (low, _) in enumerate(geometry.ends):
+        if low == "open":
+            metric[axis].select(axis - 3, 0).mul_(2)
+    return metric
+
+
+def side_conductance(geometry: Geometry, like: Tensor) -> Float[Tensor, "*batch nx ny nz"] | None:
+    """What of φ each cell loses through the open sides beside it, 2C for each [m]; None without open sides."""
+    if "open" not in sum(geometry.ends, ()):
+        return None
+    fluid = geometry.fluid.to(like)
+    sinks = torch.zeros_like(fluid)
+    for axis, (metric, ends) in enumerate(zip(conductances(geometry.grid), geometry.ends, strict=True)):
+        for index, end in zip((0, -1), ends, strict=True):
+            if end == "open":
+                sinks.select(axis - 3, index).add_(2 * metric * fluid.select(axis - 3, index))
+    return sinks
+
+
+def subtract_gradient(flux: Tensor, potential: Tensor, geometry: Geometry) -> None:
     """F ← F − C M G φ, face by face in place: the same as `operators` would give, in a third of the memory traffic."""
-    grid = geometry.grid
-    is_open = None if geometry.is_empty else geometry.open_faces.to(flux.device)
-    for axis, n in enumerate(grid.shape):
-        dim, metric = axis - 3, grid.face_areas[axis] / grid.spacing[axis]
+    is_free = None if geometry.is_empty else geometry.free_faces.to(flux.device)
+    for axis, (n, metric) in enumerate(zip(geometry.grid.shape, conductances(geometry.grid), strict=True)):
+        dim = axis - 3
         faces = [(potential.narrow(dim, 1, n - 1) - potential.narrow(dim, 0, n - 1), 1)]
-        if grid.periodic[axis]:
+        low = geometry.ends[axis][0]
+        if low == "periodic":
             faces.append((potential.narrow(dim, 0, 1) - potential.narrow(dim, n - 1, 1), 0))
+        elif low == "open":
+            faces.append((2 * potential.narrow(dim, 0, 1), 0))
         for difference, first in faces:
-            if is_open is not None:
-                difference *= is_open.select(-4, axis).narrow(dim, first, difference.shape[dim])
+            if is_free is not None:
+                difference *= is_free.select(-4, axis).narrow(dim, first, difference.shape[dim])
             flux.select(-4, axis).narrow(dim, first, difference.shape[dim]).sub_(difference, alpha=metric)
 
 
@@ -138,64 +300,19 @@ def _power_of_two(flux: Tensor) -> Float[Tensor, "*batch 1 1 1 1"]:
     return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
 
 
-@lru_cache(maxsize=32)
-def box_poisson(grid: Grid, dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Direct solver of D C G φ = r in the empty box; φ has zero mean, and so must r.
-
-    Returns:
-        A function of r [m³/s], shape (…, nx, ny, nz), that gives φ [m²/s].
-    """
-    symbol = torch.zeros(1, 1, 1, dtype=torch.float64)
-    cosines: list[tuple[int, Tensor]] = []
-    fourier: list[int] = []
-    for axis, n in enumerate(grid.shape):
-        k = torch.arange(n, dtype=torch.float64)
-        coefficient = grid.face_areas[axis] / grid.spacing[axis]
-        if grid.periodic[axis]:
-            fourier.append(axis - 3)
-            eigenvalues = -4 * coefficient * torch.sin(math.pi * k / n) ** 2
-        else:
-            basis = torch.cos(math.pi * (k[:, None] + 0.5) * k / n) * math.sqrt(2 / n)
-            basis[:, 0] = math.sqrt(1 / n)
-            cosines.append((axis - 3, basis.to(device, dtype)))
-            eigenvalues = -4 * coefficient * torch.sin(math.pi * k / (2 * n)) ** 2
-        along = [1, 1, 1]
-        along[axis] = n
-        symbol = symbol + eigenvalues.reshape(along)
-    if fourier:
-        symbol = symbol.narrow(fourier[-1], 0, grid.shape[fourier[-1]] // 2 + 1)
-    inverse = torch.where(symbol == 0, 0.0, 1 / symbol).to(device, dtype)
-    sizes = [grid.shape[dim] for dim in fourier]
-
-    def along_axis(x: Tensor, dim: int, matrix: Tensor) -> Tensor:
-        return x @ matrix if dim == -1 else (x.transpose(dim, -1) @ matrix).transpose(dim, -1)
-
-    def solve(net: Tensor) -> Tensor:
-        for dim, basis in cosines:
-            net = along_axis(net, dim, basis)
-        if fourier:
-            net = torch.fft.irfftn(torch.fft.rfftn(net, dim=fourier) * inverse, s=sizes, dim=fourier)
-        else:
-            net = net * inverse
-        for dim, basis in cosines:
-            net = along_axis(net, dim, basis.T)
-        return net
-
-    return solve
-
-
 def _conjugate_gradients(
     net: Tensor, geometry: Geometry, tol: float, floor: Tensor, guess: Tensor | None, max_iterations: int
 ) -> tuple[Tensor, int]:
     """Solve D C M G φ = net on the fluid cells, each sample to ‖residual‖ ≤ max(tol ‖net‖, floor)."""
     grid = geometry.grid
     fluid = geometry.fluid.to(net.device)
-    conductance = geometry.open_faces.to(net.device) * _metric(grid, net)
-    direct = box_poisson(grid, net.dtype, net.device)
+    conductance = geometry.free_faces.to(net.device) * grid.per_face(conductances(grid), net)
+    sinks = side_conductance(geometry, net)
+    direct = box_poisson(grid, geometry.ends, net.dtype, net.device)
     size = _dot(net, net).sqrt()
     target = torch.maximum(tol * size, floor[..., None, None, None])
     x = torch.zeros_like(net) if guess is None else guess * fluid
-    residual = net.clone() if guess is None else net - _laplacian(x, conductance, grid)
+    residual = net.clone() if guess is None else net - _laplacian(x, conductance, sinks, grid)
     z = direct(residual).mul_(fluid)
     direction = z.clone()
     rz = _dot(residual, z)
@@ -206,7 +323,7 @@ def _conjugate_gradients(
             return x, iteration
         if iteration == max_iterations:
             break
-        q = _laplacian(direction, conductance, grid)
+        q = _laplacian(direction, conductance, sinks, grid)
         alpha = torch.where(active, _ratio(rz, _dot(direction, q)), 0.0)
         x.addcmul_(alpha, direction)
         residual.addcmul_(alpha, q, value=-1)
@@ -221,9 +338,9 @@ def _conjugate_gradients(
     )
 
 
-def _laplacian(x: Tensor, conductance: Tensor, grid: Grid) -> Tensor:
-    """D C M G x, face by face in place: the same as `operators` would give, in a third of the memory traffic."""
-    out = torch.zeros_like(x)
+def _laplacian(x: Tensor, conductance: Tensor, sinks: Tensor | None, grid: Grid) -> Tensor:
+    """L x = D C M G x, face by face in place: the same as `operators` would give, in a third of the memory traffic."""
+    out = torch.zeros_like(x) if sinks is None else -sinks * x
     for axis, n in enumerate(grid.shape):
         dim, k = axis - 3, conductance.select(-4, axis)
         flow = (x.narrow(dim, 1, n - 1) - x.narrow(dim, 0, n - 1)).mul_(k.narrow(dim, 1, n - 1))

@@ -17,13 +17,19 @@ BOUNDARIES: dict[str, Boundaries] = {
     "mixed": (("free_slip", "no_slip"), ("periodic", "periodic"), ("no_slip", "no_slip")),
     "first": (("periodic", "periodic"), ("free_slip", "free_slip"), ("no_slip", "free_slip")),
 }
+OPEN: dict[str, Boundaries] = {
+    "duct": (("inflow", "outflow"), ("no_slip", "no_slip"), ("periodic", "periodic")),
+    "bend": (("no_slip", "outflow"), ("inflow", "free_slip"), ("free_slip", "outflow")),
+    "through": (("outflow", "inflow"), ("outflow", "outflow"), ("inflow", "outflow")),
+}
+"""Boxes that something flows into and out of."""
 SHAPE = (5, 4, 7)
 SPACING = (0.7, 1.3, 0.4)
 
 
 def box(boundaries: str, shape: tuple[int, int, int] = SHAPE, spacing: tuple[float, float, float] = SPACING) -> Grid:
     """A box that no axis can be mistaken in: other sizes, other spacings."""
-    return Grid(shape, spacing, BOUNDARIES[boundaries])
+    return Grid(shape, spacing, (BOUNDARIES | OPEN)[boundaries])
 
 
 def two_pi_box(shape: Sequence[int]) -> Grid:
