@@ -192,6 +192,13 @@ def test_a_flow_that_blows_up_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         NavierStokes(geometry, 1.0).advance(random_flux(geometry.grid, 1).float(), lambda t: steady(0, 0, 0), 0.0, 1e4)
 
 
+def test_open_sides_are_refused() -> None:
+    grid = Grid((4, 4, 4), (1.0, 1.0, 1.0), (("inflow", "outflow"), ("no_slip", "no_slip"), ("periodic", "periodic")))
+    with pytest.raises(ValueError, match="Expected a box of walls and periodic axes, got .*; drive the flow by a body"):
+        NavierStokes(Geometry(grid), 0.1)
+
+
+
 def test_a_viscosity_must_be_positive() -> None:
     with pytest.raises(ValueError, match=r"Expected a positive viscosity \[m²/s\], got 0.0"):
         NavierStokes(Geometry(box("periodic")), 0.0)

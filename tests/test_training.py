@@ -15,6 +15,7 @@ from small import NUM_TRAJECTORIES, Road, configuration, train
 
 import latentphys
 from latentphys.data import open_store
+from latentphys.data.relayout import relayout
 from latentphys.training import (
     Trainer,
     encode_store,
@@ -201,6 +202,13 @@ def test_stores_that_cannot_be_trained_on_are_refused(road: Road, tmp_path: Path
     with pytest.raises(ValueError, match="at least 9 snapshots for windows of 9"):
         train("dynamics", latents, run, "dynamics_training.unroll=8")
     assert not run.exists()
+
+
+def test_velocities_in_cells_are_not_taken_for_fluxes(road: Road, tmp_path: Path) -> None:
+    cells = relayout(road.store("channel"), tmp_path / "cells.zarr", "cell_centred")
+    with pytest.raises(ValueError, match=r"Expected face fluxes of the velocity in .*cells.zarr, got a vector in cells"):
+        train("autoencoder", [cells], tmp_path / "run")
+
 
 
 def test_latents_of_two_autoencoders_are_refused(road: Road, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 import zarr
 from torch import Tensor
 
-from latentphys import operators
+from latentphys import exact, operators
 from latentphys.data import Store, create_store, open_store
 from latentphys.fields import VELOCITY, FieldSpec, State
 from latentphys.grid import Geometry, Grid
@@ -86,6 +86,18 @@ def test_a_threshold_is_reached_by_at_most_and_not_by_below() -> None:
 
 
 # Conservation
+
+
+def test_a_box_with_an_outflow_says_what_its_balance_means(tmp_path: Path) -> None:
+    grid = Grid((8, 6, 4), (0.5, 0.25, 0.2), (("inflow", "outflow"), ("no_slip",) * 2, ("periodic",) * 2))
+    flux = exact.conserve(flux=torch.randn(1, 2, 3, *grid.shape, dtype=torch.float64), geometry=Geometry(grid))
+    check = validate(save(tmp_path / "a.zarr", flux, grid))["net_flux_max"]
+    assert check.verdict == "pass" and check.value == 0.0
+    assert "before an open high side the outflow is what closes it" in check.operator
+    flux[0, 1, 1, 3, 2, 1] += 1e-6
+    check = validate(save(tmp_path / "b.zarr", flux, grid))["net_flux_max"]
+    assert check.verdict == "fail" and check.value == pytest.approx(1e-6)
+
 
 
 @pytest.mark.parametrize("grid", [CHANNEL, BOX], ids=["channel", "box"])

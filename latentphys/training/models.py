@@ -56,16 +56,28 @@ def new_autoencoder(config: Config, stores: Sequence[Store]) -> Autoencoder:
     """An untrained autoencoder scaled to the statistics of some stores.
 
     Raises:
-        ValueError: a store without a velocity, or a grid that the compression does not divide.
+        ValueError: a store without a velocity, a head whose fluxes do not obey the velocity's constraint, or a grid
+            that the compression does not divide.
     """
     scales = {}
     for store in stores:
         if "velocity" not in store.specs:
             raise ValueError(f"Expected a field 'velocity' in {store.path}, got {sorted(store.specs)}.")
+        if store.specs["velocity"].kind != "flux":
+            raise ValueError(
+                f"Expected face fluxes of the velocity in {store.path}, got a {store.specs['velocity'].kind} in cells; "
+                "convert the store with latentphys.data.relayout."
+            )
         scales[store.family] = FamilyScale.from_statistics(store.grid, store.statistics()["velocity"])
     model: Autoencoder = build(config, scales=scales)
     for store in stores:
         model.latent_shape(store.grid)
+        wanted, head = store.specs["velocity"].constraint, model.head
+        if wanted in ("solenoidal", "irrotational") and head.constraint != wanted:
+            raise ValueError(
+                f"Expected a head for the {wanted} velocity in {store.path}, got {type(head).__name__}, whose fluxes "
+                f"have the constraint {head.constraint!r}; choose another autoencoder/head."
+            )
     return model
 
 
