@@ -1,4 +1,4 @@
-"""The autoencoder: flux ↔ latent, every decode solenoidal."""
+"""The autoencoder: flux ↔ latent, every decode with the constraint of its head."""
 
 from __future__ import annotations
 
@@ -121,10 +121,11 @@ class Autoencoder(nn.Module):
     def decode(
         self, latent: Float[Tensor, "b c x y z"], geometry: Geometry, family: str, exact: bool = False
     ) -> Float[Tensor, "b 3 nx ny nz"]:
-        """The solenoidal flux [m³/s] of any latent.
+        """The flux [m³/s] of any latent, solenoidal unless the head is another one.
 
         Args:
-            exact: FP64 with a net flux of 0.0 in every cell, bit for bit; not differentiable. Default: FP32.
+            exact: FP64, from a solenoidal head with a net flux of 0.0 in every cell, bit for bit; not differentiable.
+                Default: FP32.
         """
         expected = (self.latent_channels, *self.latent_shape(geometry.grid))
         if tuple(latent.shape[1:]) != expected:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -83,6 +85,36 @@ def timed(work: Callable[[], T], device: str, repeats: int = 3) -> tuple[T, floa
         synchronise(device)
         times.append(time.perf_counter() - begin)
     return result, min(times[1:] or times)
+
+
+def peak_memory(work: Callable[[], Any], device: str) -> float:
+    """How much more memory some work holds at its peak than before it [MiB], on a GPU or of this process."""
+    if device.startswith("cuda"):
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    gc.collect()
+    before, peak, done = _resident(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, _resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        work()
+    finally:
+        done.set()
+        watcher.join()
+    return max(0, peak - before) / 2**20
+
+
+def _resident() -> int:
+    """Memory that this process holds [bytes]."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def synchronise(device: str) -> None:

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-from latentphys import exact, operators, projection
+from latentphys import exact, hodge, operators, projection
 from latentphys.fields import FieldSpec, State
 from latentphys.grid import Geometry, Grid
 
@@ -14,7 +14,7 @@ _LAZY = {
     "open_store": "latentphys.data",
     "validate": "latentphys.validators",
 }
-__all__ = ["FieldSpec", "Geometry", "Grid", "State", "exact", "operators", "projection", *_LAZY]  # noqa: PLE0604
+__all__ = ["FieldSpec", "Geometry", "Grid", "State", "exact", "hodge", "operators", "projection", *_LAZY]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor
 from latentphys import operators
 from latentphys.grid import SIDES, Geometry
 from latentphys.hodge import vector_potential
-from latentphys.projection import decompose, prescribed_outflow
+from latentphys.projection import decompose, inflow_flux, prescribed_outflow
 from latentphys.topology import spanning_forests
 
 FLUX_BITS = 46
@@ -40,7 +40,7 @@ class Conserved(NamedTuple):
 
     flux: Float[Tensor, "*batch 3 nx ny nz"]
     correction: float
-    """Largest change of a face against the FP64 projection, relative to the largest open-face flux given."""
+    """Largest change of a face against the FP64 projection, relative to the largest open-face or inlet flux given."""
 
 
 def conserve(
@@ -84,8 +84,11 @@ def conserve_report(
     flux = _given_flux(flux, potential, harmonic, geometry)
     solenoidal = decompose(flux, geometry, tol=0.0, floor=tol).solenoidal
     result = _on_grid_of(_quantum(solenoidal, geometry), solenoidal, geometry)
-    size = geometry.mask(flux).abs().amax((-4, -3, -2, -1))
-    change = (result - solenoidal).abs().amax((-4, -3, -2, -1))
+    size = _largest(geometry.mask(flux))
+    if geometry.inflow:
+        for given in (inflow_flux(geometry), prescribed_outflow(geometry).unsqueeze(-4)):
+            size = torch.maximum(size, _largest(given).to(size))
+    change = _largest(result - solenoidal)
     return Conserved(result, float(torch.where(size > 0, change / size, 0.0).amax()))
 
 
@@ -102,7 +105,7 @@ def quantise(
     The solenoidal flux is written as the curl of a vector potential, whose integers of 2⁻²¹ of the power of two above
     the largest flux make integer fluxes: each face is within 2.4e-6 of the largest, four roundings of the potential and
     one of the uniform flow. A box with inflow or outflow has no such potential: there the nets of rounded fluxes leave
-    along an axis as in `conserve`, and a face may be off by as many roundings as its line has cells.
+    along an axis as in `conserve`, and a face may be off by the six roundings of each cell on its line.
 
     Args:
         geometry: a box without solids.
@@ -116,7 +119,7 @@ def quantise(
         raise ValueError("Expected a box without solids, got voxels; store what `conserve` returns in FP64 instead.")
     flux = _given_flux(flux, potential, harmonic, geometry)
     flux = decompose(flux, geometry).solenoidal
-    largest = flux.abs().amax((-4, -3, -2, -1), keepdim=True)
+    largest = _largest(flux)
     if float(largest.amax()) > torch.finfo(torch.float32).max / 2:
         raise ValueError(f"Expected fluxes within FP32's range, got {float(largest.amax()):.1e}; scale them first.")
     quantum = _power_of_two(torch.frexp(largest).exponent - SINGLE_BITS, smallest=SMALLEST_SINGLE_EXPONENT)
@@ -160,11 +163,15 @@ def _quantum(flux: Tensor, geometry: Geometry) -> Float[Tensor, "*batch 1 1 1 1"
     No branch of the tree carries more than Σ|net|. Where that is far above the largest flux (the projection has left
     little but its own residual) it sets the power, so that no integer passes 2⁵³.
     """
-    largest = flux.abs().amax((-4, -3, -2, -1), keepdim=True)
     outflow = prescribed_outflow(geometry).to(flux.device)
+    largest = torch.maximum(_largest(flux), _largest(outflow.unsqueeze(-4)))
     carried = _net(flux, outflow, geometry).abs().sum((-3, -2, -1))[..., None, None, None, None]
     largest = torch.maximum(largest, carried / 8)
     return _power_of_two(torch.frexp(largest).exponent - FLUX_BITS, smallest=SMALLEST_EXPONENT)
+
+
+def _largest(flux: Tensor) -> Float[Tensor, "*batch 1 1 1 1"]:
+    return flux.abs().amax((-4, -3, -2, -1), keepdim=True)
 
 
 def _power_of_two(exponent: Tensor, smallest: int) -> Tensor:

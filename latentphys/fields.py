@@ -13,9 +13,9 @@ from torch import Tensor
 from latentphys.grid import Geometry, Grid
 
 Kind = Literal["flux", "scalar", "vector"]
-Constraint = Literal["solenoidal", "conserved", "positive", "none"]
+Constraint = Literal["solenoidal", "irrotational", "conserved", "positive", "none"]
 KINDS: tuple[Kind, ...] = ("flux", "scalar", "vector")
-CONSTRAINTS: tuple[Constraint, ...] = ("solenoidal", "conserved", "positive", "none")
+CONSTRAINTS: tuple[Constraint, ...] = ("solenoidal", "irrotational", "conserved", "positive", "none")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class FieldSpec:
         kind: ``flux`` (through the low faces, shape (…, 3, x, y, z)), ``scalar`` (in cells, (…, x, y, z)) or ``vector``
             (in cells, (…, 3, x, y, z)).
         unit: SI unit of the stored numbers, such as ``m3/s``.
-        constraint: what every value of the field obeys: ``solenoidal | conserved | positive | none``.
+        constraint: what every value of the field obeys: ``solenoidal | irrotational | conserved | positive | none``.
     """
 
     name: str
@@ -40,8 +40,8 @@ class FieldSpec:
             raise ValueError(f"Expected a field kind of {' | '.join(KINDS)}, got {self.kind!r}.")
         if self.constraint not in CONSTRAINTS:
             raise ValueError(f"Expected a constraint of {' | '.join(CONSTRAINTS)}, got {self.constraint!r}.")
-        if self.constraint == "solenoidal" and self.kind != "flux":
-            raise ValueError(f"Expected kind 'flux' for the solenoidal field {self.name!r}, got {self.kind!r}.")
+        if self.constraint in ("solenoidal", "irrotational") and self.kind != "flux":
+            raise ValueError(f"Expected kind 'flux' for the {self.constraint} field {self.name!r}, got {self.kind!r}.")
 
     def shape(self, grid: Grid) -> tuple[int, ...]:
         """Shape of one snapshot on a grid."""

@@ -168,14 +168,16 @@ class Geometry:
                 raise ValueError(f"Expected solid voxels of shape (…, {self.grid.shape}), got {tuple(solid.shape)}.")
             if bool(solid.flatten(-3).all(-1).any()):
                 raise ValueError("Expected at least one fluid cell in every sample, got one that is solid throughout.")
-            object.__setattr__(self, "solid", solid if bool(solid.any()) else None)
+            # Where every sample has a profile of its own, voxels that fill nothing say how many samples there are.
+            is_batched = any(isinstance(p, Tensor) and p.ndim > 2 for p in self.inflow.values())
+            object.__setattr__(self, "solid", solid if is_batched or bool(solid.any()) else None)
         for side, profile in self.inflow.items():
             inflows = [s for s, b in zip(SIDES, sum(self.grid.boundaries, ()), strict=True) if b == "inflow"]
             if side not in inflows:
                 names = " | ".join(inflows) or "no side at all"
                 raise ValueError(f"Expected a velocity for an inflow side ({names}), got one for {side!r}.")
             shape = tuple(n for axis, n in enumerate(self.grid.shape) if axis != SIDES.index(side) // 2)
-            values = torch.as_tensor(profile)
+            values = torch.as_tensor(profile, dtype=torch.float64)
             if values.ndim and tuple(values.shape[-2:]) != shape:
                 raise ValueError(
                     f"Expected a number or a profile of shape (…, {shape}) on {side}, got {tuple(values.shape)}."
@@ -183,7 +185,7 @@ class Geometry:
             if values.ndim > 2 and tuple(values.shape[:-2]) != self.batch_shape:
                 raise ValueError(
                     f"Expected the batch axes {self.batch_shape} of the solid before the profile on {side}, got "
-                    f"{tuple(values.shape[:-2])}."
+                    f"{tuple(values.shape[:-2])}; pass voxels with the same batch axes, empty ones in an empty box."
                 )
             if not bool(torch.isfinite(values).all()):
                 raise ValueError(f"Expected a finite velocity on {side}, got NaN or infinity.")
@@ -311,7 +313,7 @@ class Geometry:
 
 def _equal_inflow(one: Mapping[str, float | Tensor], other: Mapping[str, float | Tensor]) -> bool:
     return one.keys() == other.keys() and all(
-        torch.equal(torch.as_tensor(one[s]), torch.as_tensor(other[s])) for s in one
+        torch.equal(*(torch.as_tensor(inflow[s], dtype=torch.float64) for inflow in (one, other))) for s in one
     )
 
 

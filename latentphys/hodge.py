@@ -3,11 +3,11 @@
     F = curl A + harmonic + C M G φ
 
 - the **gradient** part C M G φ is what `projection` removes;
-- the **harmonic** part carries the net flows that a geometry has room for: the mean flow of each pore space along the
-  periodic axes round which it winds, or between its open sides. It is curl-free and divergence-free, and as large a
-  space as `topology.harmonic_dimension` says;
-- the **curl** part is the rest. It carries no net flow, so it is the curl of a potential over the whole box. The
-  potential need not vanish in the solid, and must not: flow through a throat that a solid encircles is of this part.
+- the **harmonic** part carries the net flows that a geometry has room for: between its open sides in a pore space that
+  has some, along the periodic axes round which it winds in any other. It is curl-free and divergence-free, and as large
+  a space as `topology.harmonic_dimension` says;
+- the **curl** part is the rest. It carries none of these flows, so it is the curl of a potential over the whole box.
+  That need not vanish in the solid, and must not: flow through a throat that a solid encircles is of this part.
 
 The three are orthogonal in the inner product of kinetic energy, Σ F·H / C over the faces.
 
@@ -85,14 +85,15 @@ def energy_product(
 def _energy_density(one: Tensor, other: Tensor, geometry: Geometry) -> Tensor:
     """What each cell's low faces and open high sides add to the energy product."""
     free = geometry.free_faces.to(one.device)
-    density = torch.where(free, one * other / face_conductance(geometry, one), 0.0).sum(-4)
+    # Dividing first keeps the squares of fluxes in micrometre pores within FP32's range.
+    density = torch.where(free, one / face_conductance(geometry, one) * other, 0.0).sum(-4)
     if any(high == "open" for _, high in geometry.ends):
         grid, last = geometry.grid, torch.zeros(geometry.grid.shape, dtype=one.dtype, device=one.device)
         for axis, (_, high) in enumerate(geometry.ends):
             if high == "open":
                 last.select(axis - 3, -1).add_(2 * conductances(grid)[axis])
-        out = operators.stored_div(geometry.mask(one), grid) * operators.stored_div(geometry.mask(other), grid)
-        density = density + torch.where(last > 0, out / last, 0.0)
+        out = [operators.stored_div(geometry.mask(flux), grid) for flux in (one, other)]
+        density = density + torch.where(last > 0, out[0] / last * out[1], 0.0)
     return density
 
 
@@ -141,7 +142,8 @@ def harmonic_fields(geometry: Geometry) -> Float[Tensor, "m *batch 3 nx ny nz"]:
                 source = torch.zeros_like(empty[..., 0, :, :, :])
                 beside = 2 * conductances(grid)[axis] * fluid.select(axis - 3, index).double()
                 source.select(axis - 3, index).copy_(-beside)
-                potential = solve(source, geometry.mask(empty + 1.0), geometry, 1e-14, None, 2000)[0]
+                size = geometry.mask(empty + face_conductance(geometry, empty))
+                potential = solve(source, size, geometry, 1e-14, None, 2000)[0]
                 field = empty.clone()
                 subtract_gradient(field, potential, geometry)
                 if index == 0:

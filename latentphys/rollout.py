@@ -14,7 +14,6 @@ from torch import Tensor
 
 from latentphys.autoencoders import Autoencoder
 from latentphys.data import Store, create_store
-from latentphys.fields import VELOCITY
 from latentphys.grid import Geometry
 from latentphys.routers.telemetry import routing_map
 from latentphys.transformer.conditioning import latent_geometry, store_parameters
@@ -141,14 +140,14 @@ def rollout_store(
     writer = create_store(
         out,
         grid=grid,
-        specs={VELOCITY.name: VELOCITY},
+        specs={"velocity": store.specs["velocity"]},
         family=store.family,
         num_trajectories=len(chosen),
         times=times,
         parameters=picked,
         parameter_units=store.attributes["parameter_units"],
         solid=None if all(g.is_empty for g in geometries) else torch.stack([~g.fluid for g in geometries]),
-        provenance={"exact": True, "checkpoint": checkpoint},
+        provenance={"exact": autoencoder.head.constraint == "solenoidal", "checkpoint": checkpoint},
         attributes={
             "rollout": {
                 "reference": str(store.path),

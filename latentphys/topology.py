@@ -123,13 +123,12 @@ class SpanningForest:
         exit_face = np.full(region.size, -1)
         is_open, is_inlet = np.zeros(region.size, dtype=bool), np.zeros(region.size, dtype=bool)
         implied = np.zeros(region.size, dtype=bool)
-        for side, end, (cells, face) in zip(SIDES, sum(self.geometry.ends, ()), self._sides, strict=True):
+        sides = list(zip(SIDES, sum(self.geometry.ends, ()), self._sides, strict=True))
+        for side, end, (cells, face) in sorted(sides, key=lambda s: s[1] == "open"):  # an opening before an inlet
             is_open[cells] |= end == "open"
             is_inlet[cells] |= side in self.geometry.inflow
-            if side.endswith("+"):
-                implied[cells] = True
-            elif end == "open" or side in self.geometry.inflow:
-                exit_face[cells] = face
+            implied[cells] = side.endswith("+")
+            exit_face[cells] = face
         roots = is_open.copy()
         for candidates in (is_inlet, region >= 0):
             rest = np.setdiff1d(np.arange(num_regions), region[roots])
@@ -158,30 +157,30 @@ class SpanningForest:
     @cached_property
     def harmonic_ranks(self) -> np.ndarray:
         """Number of independent net flows of each pore space."""
-        openings = _ranks(*self._openings, 6, self._region.max() + 1)
-        return np.where(openings > 0, openings - 1, _ranks(*self._windings, 3, self._region.max() + 1))
+        num_regions = int(self._region.max()) + 1
+        openings = _ranks(*self._openings, num_regions)
+        return np.where(openings > 0, openings - 1, _ranks(*self._windings, num_regions))
 
     @property
     def _openings(self) -> tuple[np.ndarray, np.ndarray]:
-        """Pore space of each opening, and how what leaves there is shared among the six sides.
+        """Pore space of each opening, and 1 for each of the six sides that share what leaves there.
 
         A low face is an opening of its own; the open high sides of a cell are one together, since no array stores them.
+        Their shares go by area / cell size, the same for all openings of a side: a rank does not see such factors.
         """
-        grid, region = self.geometry.grid, self._region
-        shared = np.zeros((region.size, 6))
-        lows = [np.zeros((0, 7))]
+        region = self._region
+        shared = np.zeros((region.size, 6), dtype=np.int64)
+        openings = []
         for side, (end, (cells, _)) in enumerate(zip(sum(self.geometry.ends, ()), self._sides, strict=True)):
             if end != "open":
                 continue
-            axis, high = divmod(side, 2)
-            if high:
-                shared[cells, side] = grid.face_areas[axis] / grid.spacing[axis]
+            if side % 2:
+                shared[cells, side] = 1
             else:
-                lows.append(np.column_stack([cells, np.tile(np.eye(6)[side], (cells.size, 1))]))
-        cells = np.nonzero(shared.any(axis=1))[0]
-        highs = np.column_stack([cells, shared[cells] / shared[cells].max(axis=1, keepdims=True)])
-        openings = np.concatenate([*lows, highs])
-        return region[openings[:, 0].astype(np.int64)], openings[:, 1:]
+                openings.append((cells, np.tile(np.eye(6, dtype=np.int64)[side], (cells.size, 1))))
+        last = np.nonzero(shared.any(axis=1))[0]
+        cells_of, sides_of = zip(*openings, (last, shared[last]), strict=True)
+        return region[np.concatenate(cells_of)], np.concatenate(sides_of)
 
     @property
     def _windings(self) -> tuple[np.ndarray, np.ndarray]:
@@ -195,7 +194,7 @@ class SpanningForest:
         winding = turns[low] - turns[high]
         winding[np.arange(axis.size), axis] += high // self._stride[axis] % self._shape[axis] == 0
         loops = winding.any(axis=1)
-        return self._region[low[loops]], winding[loops].astype(float)
+        return self._region[low[loops]], winding[loops]
 
     @property
     def _shape(self) -> np.ndarray:
@@ -219,9 +218,9 @@ class SpanningForest:
         return units
 
 
-def _ranks(region: np.ndarray, vectors: np.ndarray, size: int, num_regions: int) -> np.ndarray:
-    """Rank of the vectors of each pore space."""
-    gram = np.zeros((num_regions, size, size))
+def _ranks(region: np.ndarray, vectors: np.ndarray, num_regions: int) -> np.ndarray:
+    """Rank of the integer vectors of each pore space."""
+    gram = np.zeros((num_regions, vectors.shape[1], vectors.shape[1]))
     np.add.at(gram, region, np.einsum("li,lj->lij", vectors, vectors))
     return np.linalg.matrix_rank(gram, hermitian=True)
 

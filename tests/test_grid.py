@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import BOUNDARIES, box, random_geometry
+from reference import BOUNDARIES, OPEN, box, random_geometry
 
 from latentphys.grid import Boundary, Geometry, Grid
 
@@ -35,12 +35,12 @@ def test_impossible_boxes_are_refused(arguments: dict[str, Any], message: str, u
         Grid(**{"shape": (4, 4, 4), "spacing": (1.0, 1.0, 1.0), **arguments})
 
 
-@pytest.mark.parametrize("boundaries", BOUNDARIES)
+@pytest.mark.parametrize("boundaries", BOUNDARIES | OPEN)
 def test_a_grid_survives_json_and_is_the_same_key(boundaries: str) -> None:
     grid = box(boundaries)
     back = Grid.from_dict(json.loads(json.dumps(grid.to_dict())))
     assert back == grid and hash(back) == hash(grid)
-    assert back.boundaries == BOUNDARIES[boundaries]
+    assert back.boundaries == (BOUNDARIES | OPEN)[boundaries]
 
 
 @pytest.mark.parametrize("data", [{"shape": [4, 4, 4]}, {"shape": None, "spacing": [1, 1, 1], "boundaries": [P] * 3}])
@@ -164,3 +164,34 @@ def test_a_stack_keeps_what_its_samples_know() -> None:
 def test_samples_on_different_grids_do_not_stack() -> None:
     with pytest.raises(ValueError, match="Expected samples on one grid, got several; batch each grid by itself"):
         Geometry.stack([Geometry(box("periodic")), Geometry(box("channel"))])
+
+
+def test_ends_and_free_faces_of_sides_with_and_without_a_prescribed_inflow() -> None:
+    grid = Grid((3, 4, 5), (1.0, 1.0, 1.0), (("inflow", "inflow"), ("no_slip", "outflow"), P))
+    assert grid.open_sides == ((True, True), (False, True), (False, False)) and grid.through == (True, False, True)
+    free, given = Geometry(grid), Geometry(grid, None, {"x-": 1.0, "x+": torch.zeros(4, 5)})
+    assert free.ends == (("open", "open"), ("closed", "open"), P)
+    assert given.ends == (("closed", "closed"), ("closed", "open"), P)
+    assert bool(given.open_faces[0].all()) and torch.equal(free.free_faces, free.open_faces)
+    assert not bool(given.free_faces[0, 0].any()) and torch.equal(given.free_faces[:, 1:], free.open_faces[:, 1:])
+
+
+def test_a_stack_has_one_inflow() -> None:
+    grid = box("duct")
+    velocities = (0.1, torch.tensor(0.1, dtype=torch.float64), 0.1 + 1e-12)
+    samples = [Geometry(grid, random_geometry(grid).solid, {"x-": v}) for v in velocities]
+    assert Geometry.stack(samples[:2]).inflow == {"x-": 0.1}
+    with pytest.raises(ValueError, match="Expected samples with one inflow, got several; batch each inflow by itself"):
+        Geometry.stack(samples)
+
+
+def test_a_profile_goes_with_its_samples() -> None:
+    grid = box("duct")
+    profiles, shared = (
+        torch.rand(2, 3, 4, 7),
+        Geometry(grid, random_geometry(grid, 2, 3).solid, {"x-": torch.rand(4, 7)}),
+    )
+    geometry = Geometry(grid, shared.solid, {"x-": profiles}).to("cpu")
+    for i in (1, (0, 2), slice(1, 2)):
+        assert torch.equal(torch.as_tensor(geometry[i].inflow["x-"]), profiles[i])
+        assert torch.equal(torch.as_tensor(shared[i].inflow["x-"]), torch.as_tensor(shared.inflow["x-"]))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from reference import (
     BOUNDARIES,
+    OPEN,
     abc,
     abc_flux,
     box,
@@ -74,6 +75,52 @@ def test_vorticity_is_the_adjoint_of_curl(boundaries: str) -> None:
     left = (operators.velocity(flux, grid) * length * operators.curl(potential, grid)).sum()
     right = (operators.vorticity(flux, grid) * area * potential).sum()
     torch.testing.assert_close(left, right)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("boundaries", OPEN)
+def test_through_open_sides_the_complex_holds_where_all_six_faces_are_stored(
+    boundaries: str, shape: tuple[int, int, int]
+) -> None:
+    grid = box(boundaries, shape)
+    potential = torch.randint(-1000, 1000, (2, 3, *grid.shape)).double()
+    flux = operators.curl(potential, grid)
+    assert bool((operators.div(flux, grid) == 0.0).all()) and bool((flux[:, ~Geometry(grid).open_faces] == 0.0).all())
+    last = torch.zeros(grid.shape, dtype=torch.bool)
+    for axis, (_, is_open) in enumerate(grid.open_sides):
+        if is_open:
+            last.select(axis, -1).fill_(True)
+    flux, scalar = random_flux(grid), torch.randn(grid.shape, dtype=torch.float64)
+    assert bool((operators.div(flux, grid)[last] == 0.0).all())
+    assert torch.equal(operators.div(flux, grid)[~last], operators.stored_div(flux, grid)[~last])
+    flux, scalar = Geometry(grid).mask(flux), scalar * ~last
+    left = (scalar * operators.div(flux, grid)).sum()
+    torch.testing.assert_close(left, -(operators.grad(scalar, grid) * flux).sum())
+
+
+@pytest.mark.parametrize("boundaries", OPEN)
+def test_the_high_faces_of_open_sides_close_the_balance(boundaries: str) -> None:
+    grid = box(boundaries)
+    flux = random_flux(grid, 2)
+    high = operators.high_faces(flux, grid)
+    net = (high - flux).sum(-4)
+    expected = operators.div(flux, grid)
+    torch.testing.assert_close(net, expected, rtol=0, atol=1e-14)
+    # A corner of two open sides shares by area / cell size.
+    if boundaries == "through":
+        dx, dy, dz = grid.spacing
+        corner = high[:, :, -1, -1, -1]
+        torch.testing.assert_close(corner[:, 0] * dx**2, corner[:, 1] * dy**2)
+        torch.testing.assert_close(corner[:, 0] * dx**2, corner[:, 2] * dz**2)
+
+
+def test_a_uniform_flow_through_a_duct_has_no_vorticity_at_its_ends() -> None:
+    grid = box("through")
+    u = torch.tensor([1.0, -2.0, 0.5]).double().reshape(3, 1, 1, 1).expand(3, *grid.shape)
+    flux = operators.flux_of(u, grid)
+    assert float(operators.vorticity(flux, grid).abs().amax()) == 0.0
+    inner = (slice(None), slice(0, -1), slice(0, -1), slice(0, -1))
+    torch.testing.assert_close(operators.cell_velocity(flux, grid)[inner], u[inner])
 
 
 def error(of: Callable[[Grid], tuple[Tensor, Tensor]], n: int) -> float:

@@ -150,12 +150,14 @@ def test_a_warm_start_saves_iterations_and_changes_nothing() -> None:
     assert decompose(flux, geometry, guess=cold.potential).num_iterations == 0
 
 
-def test_a_looser_tolerance_is_kept_and_cheaper() -> None:
+@pytest.mark.parametrize("tolerances", [(1e-1, 1e-2, 1e-3), (5e-4, 1e-7, 1e-11)])
+def test_a_looser_tolerance_is_kept_and_cheaper(tolerances: tuple[float, float, float]) -> None:
+    """With the empty box's solver as preconditioner, and with multigrid."""
     geometry = random_geometry(box("periodic", (8, 6, 10)), fraction=0.2)
     flux = random_flux(geometry.grid)
     before = operators.div(geometry.mask(flux), geometry.grid).norm()
     iterations = []
-    for tol in (1e-2, 1e-5, 1e-10):
+    for tol in tolerances:
         done = decompose(flux, geometry, tol)
         after = operators.div(done.solenoidal, geometry.grid).norm()
         assert 1e-4 * tol < float(after / before) < 1.01 * tol
