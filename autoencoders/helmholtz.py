@@ -23,7 +23,8 @@ from latentphys import exact, hodge, operators
 from latentphys.autoencoders.normaliser import FamilyScale
 from latentphys.fields import Constraint
 from latentphys.grid import Geometry
-from latentphys.projection import inflow_flux, project
+from latentphys.inflow import inflow_flux
+from latentphys.projection import project
 
 
 class Head(nn.Module, ABC):

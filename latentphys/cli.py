@@ -339,7 +339,7 @@ def _share(text: str) -> float | int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
     arguments = parser().parse_args(argv)
-    from latentphys.projection import ConvergenceError
+    from latentphys.pressure import ConvergenceError
 
     try:
         return arguments.run(arguments)

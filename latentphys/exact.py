@@ -20,7 +20,8 @@ from torch import Tensor
 from latentphys import operators
 from latentphys.grid import SIDES, Geometry
 from latentphys.hodge import vector_potential
-from latentphys.projection import decompose, inflow_flux, prescribed_outflow
+from latentphys.inflow import inflow_flux, prescribed_outflow
+from latentphys.projection import decompose
 from latentphys.topology import spanning_forests
 
 FLUX_BITS = 46

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from latentphys import operators
 from latentphys.grid import Geometry, Grid, per_geometry
-from latentphys.projection import conductances, decompose, face_conductance, side_conductance, solve, subtract_gradient
+from latentphys.pressure import conductances, face_conductance, side_conductance, solve, subtract_gradient
+from latentphys.projection import decompose
 from latentphys.separable import Separable
 from latentphys.topology import regions, spanning_forests
 
@@ -54,7 +55,7 @@ def hodge(flux: Float[Tensor, "*batch 3 nx ny nz"], geometry: Geometry, tol: flo
 
     Args:
         flux: any flux [m³/s], FP32 or FP64. Faces of walls, solids and prescribed inflows do not count; take
-            `projection.inflow_flux` off first where there is an inflow.
+            `inflow.inflow_flux` off first where there is an inflow.
         geometry: the box and its solids, batched or not.
         tol: relative residual of the projection round solids, to which the parts are orthogonal. Default 1e-6 (FP32),
             1e-13 (FP64).
@@ -65,7 +66,7 @@ def hodge(flux: Float[Tensor, "*batch 3 nx ny nz"], geometry: Geometry, tol: flo
     """
     if geometry.inflow:
         raise ValueError(
-            "Expected a geometry without a prescribed inflow, got one; subtract projection.inflow_flux(geometry) from "
+            "Expected a geometry without a prescribed inflow, got one; subtract inflow.inflow_flux(geometry) from "
             "the flux and make those sides walls."
         )
     tol = {torch.float32: 1e-6, torch.float64: 1e-13}.get(flux.dtype) if tol is None else tol
@@ -92,7 +93,7 @@ def _energy_density(one: Tensor, other: Tensor, geometry: Geometry) -> Tensor:
         for axis, (_, high) in enumerate(geometry.ends):
             if high == "open":
                 last.select(axis - 3, -1).add_(2 * conductances(grid)[axis])
-        out = [operators.stored_div(geometry.mask(flux), grid) for flux in (one, other)]
+        out = [operators.stored_div(torch.where(free, flux, 0.0), grid) for flux in (one, other)]
         density = density + torch.where(last > 0, out[0] / last * out[1], 0.0)
     return density
 
@@ -143,7 +144,7 @@ def harmonic_fields(geometry: Geometry) -> Float[Tensor, "m *batch 3 nx ny nz"]:
                 beside = 2 * conductances(grid)[axis] * fluid.select(axis - 3, index).double()
                 source.select(axis - 3, index).copy_(-beside)
                 size = geometry.mask(empty + face_conductance(geometry, empty))
-                potential = solve(source, size, geometry, 1e-14, None, 2000)[0]
+                potential = solve(source, size, geometry, tol=1e-14)[0]
                 field = empty.clone()
                 subtract_gradient(field, potential, geometry)
                 if index == 0:

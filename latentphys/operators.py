@@ -51,7 +51,7 @@ def div(flux: Num[Tensor, "*batch 3 nx ny nz"], grid: Grid) -> Num[Tensor, "*bat
 
     The result is the cell integral of the divergence; divide by ``grid.cell_volume`` for ∇·u [1/s]. A flux through
     the low wall counts, so that an inadmissible field shows. In the last cells before an open high side the net is zero
-    by definition: the flux through the side is what closes their balance (`high_faces`, `projection.through_sides`).
+    by definition: the flux through the side is what closes their balance (`high_faces`, `inflow.through_sides`).
     """
     net = stored_div(flux, grid)
     for axis, (_, high) in enumerate(grid.open_sides):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from latentphys import operators
 from latentphys.grid import SIDES, Geometry
-from latentphys.projection import through_sides
+from latentphys.inflow import through_sides
 from latentphys.topology import regions
 
 PRIME = 2**31 - 1

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from latentphys import exact, operators
 from latentphys.grid import SIDES, Boundaries, Geometry, Grid
-from latentphys.projection import face_conductance, inflow_flux, prescribed_outflow, project, through_sides
+from latentphys.inflow import inflow_flux, prescribed_outflow, through_sides
+from latentphys.pressure import face_conductance
+from latentphys.projection import project
 
 CORRECTION_BOUND = 1e-9
 """Largest change of a face by the fixed-point step, relative to the sample's largest flux, at the default tolerance.
@@ -127,7 +129,7 @@ def test_any_mixture_of_sizes_in_one_field(geometry: Geometry, batched: int, see
     torch.manual_seed(seed)
     flux = random_flux(geometry.grid, *(2,) * batched, *geometry.batch_shape)
     flux = flux * 10.0 ** (torch.rand_like(flux) * 600 - 300)
-    flux[..., :, :, :, 0] = 5e-324
+    flux[..., 0] = 1e-310  # subnormal
     got = exact.conserve_report(flux=flux, geometry=geometry)
     assert is_exact(got.flux, geometry) and sums_to_zero_in_any_order(got.flux, geometry.grid)
     assert got.correction < CORRECTION_BOUND and inflow_error(got.flux, flux, geometry) < INFLOW_BOUND
@@ -270,11 +272,11 @@ def test_what_flows_in_flows_out_bit_for_bit(solid: bool, given: bool) -> None:
 @pytest.mark.parametrize("side", ["x+", "y-"])
 def test_a_cell_beside_an_inlet_and_an_opening_lets_its_rest_out_through_the_opening(side: str) -> None:
     """One pore, whose only opening is in the cell where the inlet is."""
-    axes = {
-        "x+": (("no_slip", "inflow"), ("outflow", "no_slip")),
-        "y-": (("outflow", "no_slip"), ("inflow", "no_slip")),
+    boundaries: dict[str, Boundaries] = {
+        "x+": (("no_slip", "inflow"), ("outflow", "no_slip"), ("no_slip", "no_slip")),
+        "y-": (("outflow", "no_slip"), ("inflow", "no_slip"), ("no_slip", "no_slip")),
     }
-    grid = Grid((4, 5, 6), (1.0, 1.0, 1.0), (*axes[side], ("no_slip", "no_slip")))
+    grid = Grid((4, 5, 6), (1.0, 1.0, 1.0), boundaries[side])
     solid = torch.ones(grid.shape, dtype=torch.bool)
     column = (-1, slice(None)) if side == "x+" else (slice(None), 0)
     solid[column] = False

@@ -28,7 +28,8 @@ from latentphys.configuration import compose
 from latentphys.fields import FieldSpec
 from latentphys.grid import Geometry, Grid
 from latentphys.hodge import edge_laplacian_power, energy_product, vector_potential
-from latentphys.projection import project, through_sides
+from latentphys.inflow import through_sides
+from latentphys.projection import project
 from latentphys.training.models import build, new_autoencoder
 
 SOLENOIDAL: dict[str, type[SolenoidalHead]] = {
@@ -236,7 +237,7 @@ def test_the_parts_of_a_general_head_add_up_and_are_of_their_kinds(place: str) -
 
 def test_the_parts_ask_for_a_geometry_without_inflow() -> None:
     where = geometry("inflow")
-    with pytest.raises(ValueError, match="without a prescribed inflow, got one; subtract projection.inflow_flux"):
+    with pytest.raises(ValueError, match="without a prescribed inflow, got one; subtract inflow.inflow_flux"):
         GeneralHead().parts(raw_for(GeneralHead(), where.grid, 1), where, scale_of(where.grid))
 
 

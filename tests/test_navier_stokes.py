@@ -198,7 +198,6 @@ def test_open_sides_are_refused() -> None:
         NavierStokes(Geometry(grid), 0.1)
 
 
-
 def test_a_viscosity_must_be_positive() -> None:
     with pytest.raises(ValueError, match=r"Expected a positive viscosity \[m²/s\], got 0.0"):
         NavierStokes(Geometry(box("periodic")), 0.0)

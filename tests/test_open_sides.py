@@ -14,7 +14,9 @@ from torch.autograd import gradcheck, gradgradcheck
 from latentphys import operators
 from latentphys.grid import SIDES, Boundaries, Boundary, Geometry, Grid
 from latentphys.hodge import energy_product
-from latentphys.projection import conductances, face_conductance, inflow_flux, project, through_sides
+from latentphys.inflow import inflow_flux, through_sides
+from latentphys.pressure import conductances, face_conductance
+from latentphys.projection import project
 
 Pair = tuple[Boundary, Boundary]
 P: Pair = ("periodic", "periodic")

@@ -11,7 +11,8 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from latentphys import operators
 from latentphys.grid import Boundaries, Geometry, Grid
-from latentphys.projection import ConvergenceError, decompose, project
+from latentphys.pressure import ConvergenceError
+from latentphys.projection import decompose, project
 
 CASES = [(name, solid) for name in BOUNDARIES for solid in (False, True)]
 

@@ -14,7 +14,8 @@ from reference import OPEN, order
 from torch import Tensor
 
 from latentphys.grid import SIDES, Boundaries, Boundary, Geometry, Grid
-from latentphys.projection import project, through_sides
+from latentphys.inflow import through_sides
+from latentphys.projection import project
 
 P: tuple[Boundary, Boundary] = ("periodic", "periodic")
 W: tuple[Boundary, Boundary] = ("no_slip", "free_slip")

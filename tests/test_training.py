@@ -210,7 +210,6 @@ def test_velocities_in_cells_are_not_taken_for_fluxes(road: Road, tmp_path: Path
         train("autoencoder", [cells], tmp_path / "run")
 
 
-
 def test_latents_of_two_autoencoders_are_refused(road: Road, tmp_path: Path) -> None:
     other = train("autoencoder", road.inputs("autoencoder"), tmp_path / "other", "trainer.num_steps=1")
     path = encode_store(

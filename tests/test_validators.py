@@ -99,7 +99,6 @@ def test_a_box_with_an_outflow_says_what_its_balance_means(tmp_path: Path) -> No
     assert check.verdict == "fail" and check.value == pytest.approx(1e-6)
 
 
-
 @pytest.mark.parametrize("grid", [CHANNEL, BOX], ids=["channel", "box"])
 @pytest.mark.parametrize("step", [2.0**-30, -3.0])
 def test_one_perturbed_face_gives_a_net_flux_of_exactly_that_size(grid: Grid, step: float, tmp_path: Path) -> None:

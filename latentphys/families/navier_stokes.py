@@ -57,7 +57,8 @@ class NavierStokes:
     ) -> None:
         if any(sum(geometry.grid.open_sides, ())):
             raise ValueError(
-                f"Expected a box of walls and periodic axes, got {geometry.grid.boundaries}; drive the flow by a body force."
+                f"Expected a box of walls and periodic axes, got {geometry.grid.boundaries}; drive the flow by a body "
+                "force."
             )
         self.geometry, self.tol = geometry.to(device), tol
         self.viscosity = torch.as_tensor(viscosity, dtype=dtype, device=device).reshape(-1, 1, 1, 1, 1)
