@@ -185,8 +185,18 @@ def _preconditioner(
 
 
 @per_geometry
-def _multigrid(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> Multigrid:
-    return Multigrid(*_couplings(geometry, torch.empty((), dtype=dtype, device=device)))
+def _multigrid(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Multigrid, with the batch axes along which geometries differ brought next to the cells."""
+    batch = geometry.batch_shape
+    own = [axis - len(batch) - 3 for axis, n in enumerate(batch) if n > 1]
+    last = list(range(-len(own) - 3, -3))
+    shape = [n for n in batch if n > 1]
+    conductance, sinks = _couplings(geometry, torch.empty((), dtype=dtype, device=device))
+    multigrid = Multigrid(
+        conductance.reshape(*shape, *conductance.shape[-4:]),
+        None if sinks is None else sinks.reshape(*shape, *sinks.shape[-3:]),
+    )
+    return lambda residual: multigrid(residual.movedim(own, last)).movedim(last, own)
 
 
 def _laplacian(x: Tensor, conductance: Tensor, sinks: Tensor | None, grid: Grid) -> Tensor:

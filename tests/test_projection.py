@@ -109,6 +109,19 @@ def test_a_batch_is_its_samples(boundaries: str) -> None:
     torch.testing.assert_close(shared[0], together[0], rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize(
+    ("batch", "frames"), [((2, 1), (2, 3)), ((1, 2), (3, 2)), ((2, 1, 3), (4, 2, 2, 3)), ((1,), (3,))]
+)
+def test_geometries_broadcast_against_batch_axes(batch: tuple[int, ...], frames: tuple[int, ...]) -> None:
+    geometry = random_geometry(box("duct"), *batch)
+    flux = random_flux(geometry.grid, *frames)
+    together = project(flux, geometry)
+    solids = (~geometry.fluid).expand(*frames, *geometry.grid.shape)
+    for index in torch.cartesian_prod(*(torch.arange(n) for n in frames)).reshape(-1, len(frames)).tolist():
+        alone = project(flux[tuple(index)], Geometry(geometry.grid, solids[tuple(index)]))
+        torch.testing.assert_close(together[tuple(index)], alone, rtol=0, atol=1e-11)
+
+
 @pytest.mark.parametrize("solid", [False, True])
 def test_single_precision(solid: bool) -> None:
     geometry = geometry_of("channel", solid)
