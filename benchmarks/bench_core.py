@@ -160,6 +160,8 @@ def run(arguments: argparse.Namespace) -> None:
     fields: dict[str, list[dict[str, Any]]] = {}
     for size in arguments.sizes:
         for name, geometry in boxes(size, device).items():
+            if name not in (arguments.boxes or [name]):
+                continue
             fields.setdefault(name, []).append(field(geometry, device, repeats))
             results.add(f"field {name} {size}", fields[name][-1])
             if size in arguments.decode:
@@ -178,6 +180,7 @@ def main() -> None:
     options.add_argument(
         "--decode", type=int, nargs="*", default=DECODED_SIZES, help="sizes of them to decode at (default 64 128)"
     )
+    options.add_argument("--boxes", nargs="+", help="some of them, such as empty 'grains 0.5' (default all)")
     options.add_argument("--repeats", type=int, default=2, help="timed runs, of which the shortest counts")
     run(options.parse_args())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -95,6 +96,7 @@ def peak_memory(work: Callable[[], Any], device: str) -> float:
         work()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what is free but kept by the allocator would hide what the work needs
     before, peak, done = _resident(), 0, threading.Event()
 
     def watch() -> None:

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-FIRST_HALF_SWEEPS, MOST_HALF_SWEEPS = 4, 16
+FIRST_HALF_SWEEPS, MOST_HALF_SWEEPS = 6, 64
 """Half-sweeps before and after the coarse correction: on the cells, then doubled per level up to the most."""
 
 STRONG = 0.3

@@ -131,9 +131,10 @@ def _project(
     given = torch.where(free_faces(geometry, flux.device), flux, 0.0)
     net = _close(operators.stored_div(given, geometry.grid), geometry)
     potential, iterations = solve(net, given, geometry, guess=guess, **limits)
-    solenoidal = given.clone()
+    twice = flux.dtype == torch.float32 and tol < LOOSE_TOLERANCE
+    solenoidal = given.clone() if twice else given
     subtract_gradient(solenoidal, potential, geometry)
-    if flux.dtype == torch.float32 and tol < LOOSE_TOLERANCE:
+    if twice:
         # φ spans the box: its differences lack the digits that its size takes. What they leave is solved for once more.
         left = _close(operators.stored_div(solenoidal, geometry.grid), geometry)
         more, further = solve(left, given, geometry, against=net, **limits)

@@ -102,6 +102,7 @@ class SpanningForest:
             for parts in zip(*(np.split(column, cuts) for column in columns), strict=True)
         ]
         self.exits = torch.from_numpy(exits[0]), torch.from_numpy(exits[1])
+        self._placed: dict[torch.device, tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...]]] = {}
 
     @cached_property
     def _links(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -208,14 +209,20 @@ class SpanningForest:
     def carry(self, units: Tensor, net: Tensor) -> Tensor:
         """Integer fluxes (b, 3 cells) with every cell's net (b, cells) moved into its parent, deepest cells first."""
         units, net = units.clone(), net.clone()
-        for level in reversed(self.levels):
-            child, parent, face, sign = (column.to(units.device) for column in level)
+        levels, (root, face) = self._on(units.device)
+        for child, parent, link, sign in reversed(levels):
             excess = net[:, child]
-            units[:, face] += sign * excess
+            units[:, link] += sign * excess
             net.index_add_(1, parent, excess)
-        root, face = (column.to(units.device) for column in self.exits)
         units[:, face] += net[:, root]
         return units
+
+    def _on(self, device: torch.device) -> tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        """Levels and exits where the fluxes are; copied there once."""
+        if device not in self._placed:
+            levels = [tuple(column.to(device) for column in level) for level in self.levels]
+            self._placed[device] = levels, tuple(column.to(device) for column in self.exits)
+        return self._placed[device]
 
 
 def _ranks(region: np.ndarray, vectors: np.ndarray, num_regions: int) -> np.ndarray:

@@ -68,6 +68,9 @@ class NavierStokes:
         self.open_edges = pad(_open_edges(self.geometry).to(device, dtype), (1,) * 6, mode="circular")
         self.drag = _wall_drag(self.geometry).to(device, dtype)
         self.pressure: Tensor | None = None
+        # The C library hands freed memory back, to be faulted in anew at every step, beyond twice the largest block it
+        # has seen come and go. This one, which is never touched, raises that to 32 MiB.
+        torch.empty(2**24, dtype=torch.uint8)
         self._right_hand_side = torch.compile(_right_hand_side, dynamic=False) if compiled else _right_hand_side
 
     def stable_step(self, flux: Float[Tensor, "batch 3 nx ny nz"]) -> float:
