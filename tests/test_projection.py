@@ -94,7 +94,7 @@ def test_an_empty_sample_among_voxels_gets_what_the_direct_solver_gives() -> Non
     solid = torch.stack([torch.zeros(grid.shape, dtype=torch.bool), ~random_geometry(grid).fluid])
     flux = random_flux(grid, 2)
     iterative = project(flux, Geometry(grid, solid))
-    torch.testing.assert_close(iterative[0], project(flux[0], Geometry(grid)), rtol=0, atol=1e-12)
+    torch.testing.assert_close(iterative[0], project(flux[0], Geometry(grid)), rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("boundaries", ["periodic", "mixed"])
