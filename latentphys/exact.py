@@ -67,7 +67,9 @@ def conserve(
         FP64 flux F with ``operators.div(F, grid) == 0.0`` everywhere, exactly, on the device of the input.
 
     Raises:
-        ValueError: both or neither of flux and potential, a shape other than the grid's, or non-finite numbers.
+        ValueError: both or neither of flux and potential, a shape other than the grid's, non-finite numbers, or numbers
+            near the end of FP64's range.
+        ConvergenceError: the projection before the fixed-point step did not reach its tolerance.
     """
     return conserve_report(geometry=geometry, flux=flux, potential=potential, harmonic=harmonic, tol=tol).flux
 
@@ -84,6 +86,7 @@ def conserve_report(
     """`conserve`, and the size of its correction."""
     flux = _given_flux(flux, potential, harmonic, geometry)
     solenoidal = decompose(flux, geometry, tol=0.0, floor=tol).solenoidal
+    _in_range(solenoidal)
     result = _on_grid_of(_quantum(solenoidal, geometry), solenoidal, geometry)
     size = _largest(geometry.mask(flux))
     if geometry.inflow:
@@ -120,6 +123,7 @@ def quantise(
         raise ValueError("Expected a box without solids, got voxels; store what `conserve` returns in FP64 instead.")
     flux = _given_flux(flux, potential, harmonic, geometry)
     flux = decompose(flux, geometry).solenoidal
+    _in_range(flux)
     largest = _largest(flux)
     if float(largest.amax()) > torch.finfo(torch.float32).max / 2:
         raise ValueError(f"Expected fluxes within FP32's range, got {float(largest.amax()):.1e}; scale them first.")
@@ -149,6 +153,11 @@ def _given_flux(flux: Tensor | None, potential: Tensor | None, harmonic: Tensor 
             flux = flux + (_finite(harmonic.double(), "harmonic part") * through)[..., None, None, None]
     assert flux is not None
     return _finite(flux.double(), "flux")
+
+
+def _in_range(solenoidal: Tensor) -> None:
+    if not bool(torch.isfinite(solenoidal).all()):
+        raise ValueError("Expected fluxes whose sums stay within FP64's range, got an overflow; scale them first.")
 
 
 def _finite(x: Tensor, name: str) -> Tensor:

@@ -37,6 +37,10 @@ Ends = tuple[tuple[End, End], tuple[End, End], tuple[End, End]]
 PERIODIC: Boundaries = (("periodic", "periodic"),) * 3
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
 @dataclass(frozen=True)
 class Grid:
     """A box of ``nx × ny × nz`` cells.
@@ -137,6 +141,17 @@ class Grid:
             raise ValueError(f"Expected a grid with shape, spacing and boundaries, got {dict(data)!r}.") from error
 
 
+def _outside_inference_mode(work: Callable[P, T]) -> Callable[P, T]:
+    """What is worked out once must serve training too, wherever it was asked for first."""
+
+    @wraps(work)
+    def outside(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.inference_mode(False):
+            return work(*args, **kwargs)
+
+    return outside
+
+
 @dataclass(frozen=True, eq=False)
 class Geometry:
     """A grid, the solid voxels in it, and what flows in through its sides.
@@ -189,6 +204,8 @@ class Geometry:
                 )
             if not bool(torch.isfinite(values).all()):
                 raise ValueError(f"Expected a finite velocity on {side}, got NaN or infinity.")
+            if values.requires_grad:
+                raise ValueError(f"Expected an inflow without a gradient on {side}, got one; detach it.")
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -200,12 +217,16 @@ class Geometry:
         """Whether the box holds no solid."""
         return self.solid is None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Geometry, (self.grid, self.solid, dict(self.inflow))
+
     def to(self, device: torch.device | str) -> Geometry:
-        """The same geometry on another device."""
+        """The same geometry on another device; itself, with what it has worked out, where it is there already."""
         moved = {s: p.to(device) if isinstance(p, Tensor) else p for s, p in self.inflow.items()}
-        if self.solid is None and not moved:
+        solid = None if self.solid is None else self.solid.to(device)
+        if solid is self.solid and all(moved[side] is self.inflow[side] for side in moved):
             return self
-        return Geometry(self.grid, None if self.solid is None else self.solid.to(device), moved)
+        return Geometry(self.grid, solid, moved)
 
     def __getitem__(self, index: Any) -> Geometry:
         """The geometry of some samples of a batch; an unbatched geometry is everybody's."""
@@ -234,11 +255,13 @@ class Geometry:
         return batch
 
     @cached_property
+    @_outside_inference_mode
     def fluid(self) -> Bool[Tensor, "*batch nx ny nz"]:
         """True in the cells that fluid fills."""
         return torch.ones(self.grid.shape, dtype=torch.bool) if self.solid is None else ~self.solid
 
     @cached_property
+    @_outside_inference_mode
     def open_faces(self) -> Bool[Tensor, "*batch 3 nx ny nz"]:
         """True on the low faces through which something can flow: no wall of the box, and fluid on both sides."""
         fluid = self.fluid
@@ -261,6 +284,7 @@ class Geometry:
         return (names[0], names[1]), (names[2], names[3]), (names[4], names[5])
 
     @cached_property
+    @_outside_inference_mode
     def free_faces(self) -> Bool[Tensor, "*batch 3 nx ny nz"]:
         """True on the open faces whose flux is not prescribed."""
         if not self.inflow:
@@ -276,11 +300,13 @@ class Geometry:
         return torch.where(self.open_faces.to(flux.device), flux, 0.0)
 
     @cached_property
+    @_outside_inference_mode
     def porosity(self) -> Float[Tensor, "*batch"]:
         """Share of the box that is fluid, 0…1."""
         return self.fluid.double().mean((-3, -2, -1))
 
     @cached_property
+    @_outside_inference_mode
     def wall_distance(self) -> Float[Tensor, "*batch nx ny nz"]:
         """Distance of each fluid cell's centre to the nearest no-slip surface [m]; 0 in solids.
 
@@ -317,10 +343,6 @@ def _equal_inflow(one: Mapping[str, float | Tensor], other: Mapping[str, float |
     )
 
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
 def per_geometry(work: Callable[Concatenate[Geometry, P], T]) -> Callable[Concatenate[Geometry, P], T]:
     """Remember what a function of a geometry (and of hashable arguments) returned, while the geometry lives."""
     known: WeakKeyDictionary[Geometry, dict[Any, T]] = WeakKeyDictionary()
@@ -329,7 +351,8 @@ def per_geometry(work: Callable[Concatenate[Geometry, P], T]) -> Callable[Concat
     def remembered(geometry: Geometry, *args: P.args, **kwargs: P.kwargs) -> T:
         results, key = known.setdefault(geometry, {}), (args, tuple(sorted(kwargs.items())))
         if key not in results:
-            results[key] = work(geometry, *args, **kwargs)
+            with torch.inference_mode(False):
+                results[key] = work(geometry, *args, **kwargs)
         return results[key]
 
     return remembered

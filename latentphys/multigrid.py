@@ -61,11 +61,21 @@ class Multigrid:
         self.cells, graph = _pore_space(samples, sink.reshape(-1, *sink.shape[-3:]))
         self.levels: list[_Level] = []
         half_sweeps = FIRST_HALF_SWEEPS
+        node, region = torch.arange(self.cells.numel(), device=self.cells.device), torch.full_like(self.cells, -1)
         while graph.low.numel():
-            coarse, restriction, prolongation = _coarsen(graph)
+            coarse, piece, parent = _coarsen(graph)
+            restriction, prolongation = _transfers(parent, coarse.sink.numel(), graph.conductance.dtype)
             self.levels.append(_Level(graph, restriction, prolongation, half_sweeps))
+            # A piece that is not on the next level is a whole pore space without a sink.
+            whole = (region < 0) & (parent.index_select(0, node) < 0)
+            region = torch.where(whole, piece.index_select(0, node) + len(self.levels) * self.cells.numel(), region)
+            node = torch.where(region < 0, parent.index_select(0, node), 0)
             graph, half_sweeps = coarse, min(2 * half_sweeps, MOST_HALF_SWEEPS)
         self.coarsest = (1 / graph.sink)[:, None]  # a node without neighbours is kept only for its sink
+        numbers, region = torch.unique(region, return_inverse=True)
+        first = int(numbers.numel() > 0 and bool(numbers[0] < 0))  # −1, where there are sinks
+        self.gather, self.scatter = _transfers(region - first, numbers.numel() - first, sink.dtype)
+        self.shares = self.gather @ torch.ones(self.cells.numel(), dtype=sink.dtype, device=sink.device)
 
     @property
     def sizes(self) -> list[int]:
@@ -86,8 +96,12 @@ class Multigrid:
             raise ValueError(f"Expected a right-hand side of shape (…, {self.shape}), got {tuple(r.shape)}.")
         columns = r.reshape(-1, math.prod(self.shape))
         b = -columns.index_select(1, self.cells).T.contiguous()
-        solution = self._cycle(b, 0).T.contiguous()
+        solution = self._without_means(self._cycle(self._without_means(b), 0)).T.contiguous()
         return torch.zeros_like(columns).index_copy_(1, self.cells, solution).reshape(r.shape)
+
+    def _without_means(self, x: Tensor) -> Tensor:
+        """Take the mean off in every pore space without a sink, where rounding would make it grow."""
+        return _plus_product(x, self.scatter, -_product(self.gather, x) / self.shares[:, None])
 
     def _cycle(self, b: Tensor, depth: int) -> Tensor:
         if depth == len(self.levels):
@@ -167,7 +181,10 @@ def _pore_space(conductance: Tensor, sink: Tensor) -> tuple[Tensor, _Graph]:
 
 
 def _coarsen(graph: _Graph) -> tuple[_Graph, Tensor, Tensor]:
-    """The graph of the connected pieces of doubled blocks that touch others; and the matrices to them and back."""
+    """The graph of the connected pieces of doubled blocks that touch others or have a sink.
+
+    With it, of each node, its piece, and the number of that in the graph, −1 where it is not there.
+    """
     k, num_nodes = graph.conductance, graph.sink.numel()
     reach = [s if n > 1 else 0.0 for s, n in zip(graph.strength, graph.dims, strict=True)]
     factors = [2 if s >= STRONG * max(reach) else 1 for s in reach]
@@ -194,7 +211,7 @@ def _coarsen(graph: _Graph) -> tuple[_Graph, Tensor, Tensor]:
     kept, block, n = kept[order], block[:, order], kept.numel()
     number = torch.full_like(first, -1)
     number[kept] = torch.arange(n, device=kept.device)
-    restriction, prolongation = _transfers(number.index_select(0, piece), n, k.dtype)
+    parent = number.index_select(0, piece)
 
     pairs, faces = torch.sort(number.index_select(0, low) * n + number.index_select(0, high), stable=True)
     is_first = torch.ones_like(pairs, dtype=torch.bool)
@@ -210,6 +227,8 @@ def _coarsen(graph: _Graph) -> tuple[_Graph, Tensor, Tensor]:
     neighbours = _matrix(
         _starts(rows, n), torch.cat([high, low])[order], torch.cat([conductance, conductance])[order], n
     )
+    on = parent >= 0
+    sink = k.new_zeros(n).index_add_(0, parent[on], graph.sink[on])
     coarse = _Graph(
         block=block,
         num_red=n - int(black.sum()),
@@ -220,9 +239,9 @@ def _coarsen(graph: _Graph) -> tuple[_Graph, Tensor, Tensor]:
         axis=axis,
         conductance=conductance,
         neighbours=neighbours,
-        sink=restriction @ graph.sink,
+        sink=sink,
     )
-    return coarse, restriction, prolongation
+    return coarse, piece, parent
 
 
 def _pieces(low: Tensor, high: Tensor, n: int) -> tuple[Tensor, Tensor]:

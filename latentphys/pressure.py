@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from latentphys import operators
 from latentphys.grid import Geometry, Grid, per_geometry
 from latentphys.multigrid import Multigrid
 from latentphys.separable import box_poisson
@@ -52,6 +53,20 @@ def solve(
     Raises:
         ConvergenceError: the tolerance was not reached.
     """
+    with torch.autocast(net.device.type, enabled=False):
+        return _solve(net, flux, geometry, tol, floor, guess, max_iterations, net if against is None else against)
+
+
+def _solve(
+    net: Tensor,
+    flux: Tensor,
+    geometry: Geometry,
+    tol: float | None,
+    floor: float,
+    guess: Tensor | None,
+    max_iterations: int,
+    against: Tensor,
+) -> tuple[Tensor, int]:
     grid, dtype = geometry.grid, net.dtype
     if geometry.is_empty:
         return box_poisson(grid, geometry.ends, dtype, net.device)(net), 0
@@ -60,9 +75,11 @@ def solve(
     scale = _power_of_two(flux)
     small = max(floor, 8 * torch.finfo(dtype).eps) * (flux / scale).square().sum((-4, -3, -2, -1)).sqrt()
     scale = scale.squeeze(-4)
-    guess = None if guess is None else guess / scale
+    if guess is not None:
+        operators.check_shape(guess, grid, components=False)
+        guess = guess.to(net) / scale
     potential, iterations = _conjugate_gradients(
-        net / scale, geometry, tol, small, guess, max_iterations, (net if against is None else against) / scale
+        net / scale, geometry, tol, small, guess, max_iterations, against / scale
     )
     return potential * scale, iterations
 
@@ -148,7 +165,7 @@ def _conjugate_gradients(
         left = _dot(residual, residual).sqrt()
         active = left > target
         if not bool(active.any()):
-            return x, iteration
+            return torch.where(left.isfinite(), x, torch.nan), iteration
         if iteration == max_iterations:
             break
         q = _laplacian(direction, *couplings, grid)

@@ -65,7 +65,7 @@ def project(
         ValueError: another shape than the grid's, or a dtype other than FP32 and FP64.
         ConvergenceError: the tolerance was not reached.
     """
-    _check(flux, geometry)
+    _check(flux, geometry, tol)
     if not geometry.inflow:
         return _Project.apply(flux, geometry, tol, max_iterations, False)
     given = inflow_flux(geometry).to(flux)
@@ -109,7 +109,7 @@ def decompose(
         floor: a net flux small enough whatever `tol` says, ‖net flux‖₂ relative to ‖flux‖₂.
         guess: a potential to start from, such as the one before it in a time loop. Used only where there are solids.
     """
-    _check(flux, geometry)
+    _check(flux, geometry, tol)
     if not geometry.inflow:
         return _project(flux, geometry, tol, guess, max_iterations, floor)
     given = inflow_flux(geometry).to(flux)
@@ -117,10 +117,12 @@ def decompose(
     return done._replace(solenoidal=done.solenoidal + given)
 
 
-def _check(flux: Tensor, geometry: Geometry) -> None:
+def _check(flux: Tensor, geometry: Geometry, tol: float | None) -> None:
     if flux.dtype not in DEFAULT_TOLERANCE:
         raise ValueError(f"Expected a flux in FP32 or FP64, got {flux.dtype}; convert it first.")
     operators.check_shape(flux, geometry.grid, components=True)
+    if tol is not None and not 0 <= tol < 1:
+        raise ValueError(f"Expected a tolerance from 0 to below 1, got {tol}.")
 
 
 def _project(

@@ -50,6 +50,19 @@ class Separable:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        with torch.inference_mode(False):  # instances are kept, and must serve training too
+            self._prepare(grid, ends, weights, function, corners, dtype, device)
+
+    def _prepare(
+        self,
+        grid: Grid,
+        ends: Ends,
+        weights: tuple[float, float, float],
+        function: Callable[[Tensor], Tensor],
+        corners: tuple[bool, bool, bool],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         eigenvalues = torch.zeros(1, 1, 1, dtype=torch.float64)
         self.fourier = [axis - 3 for axis, pair in enumerate(ends) if pair[0] == "periodic"]
         self.sizes = [grid.shape[dim] for dim in self.fourier]
@@ -69,7 +82,11 @@ class Separable:
         self.symbol = symbol.to(device, dtype)
 
     def __call__(self, x: Float[Tensor, "*batch nx ny nz"]) -> Float[Tensor, "*batch nx ny nz"]:
-        """f(−Δ) x, to rounding; self-adjoint."""
+        """f(−Δ) x, to rounding, in the dtype of x under autocast too; self-adjoint."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self._apply(x)
+
+    def _apply(self, x: Tensor) -> Tensor:
         for dim, basis in self.bases:
             x = _along(x, dim, basis)
         if self.fourier:

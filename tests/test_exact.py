@@ -401,3 +401,12 @@ def test_another_shape_is_refused(unchecked: None) -> None:
         for name in ("flux", "potential"):
             with pytest.raises(ValueError, match=r"Expected a field of shape .* got \(3, 5, 4, 6\)"):
                 exact.conserve(**{name: torch.zeros(3, 5, 4, 6)}, geometry=geometry)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("solid", [False, True])
+def test_numbers_at_the_end_of_the_range_are_refused(solid: bool) -> None:
+    grid = box("channel")
+    geometry = random_geometry(grid) if solid else Geometry(grid)
+    flux = random_flux(grid).clamp(-1, 1) * 1.7e308
+    with pytest.raises(ValueError, match="Expected fluxes whose sums stay within FP64's range, got an overflow"):
+        exact.conserve(flux=flux, geometry=geometry)

@@ -1,7 +1,9 @@
 """Boxes, their open faces and wall distances, and what they refuse."""
 
+import copy
 import json
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -195,3 +197,24 @@ def test_a_profile_goes_with_its_samples() -> None:
     for i in (1, (0, 2), slice(1, 2)):
         assert torch.equal(torch.as_tensor(geometry[i].inflow["x-"]), profiles[i])
         assert torch.equal(torch.as_tensor(shared[i].inflow["x-"]), torch.as_tensor(shared.inflow["x-"]))
+
+
+def test_copies_and_pickles() -> None:
+    grid = Grid((4, 3, 2), (1.0, 1.0, 1.0), (("inflow", "outflow"), P, P))
+    for solid in (None, torch.rand(4, 3, 2) < 0.5):
+        geometry = Geometry(grid, solid, {"x-": torch.rand(3, 2)})
+        _ = geometry.open_faces
+        for twin in (copy.deepcopy(geometry), pickle.loads(pickle.dumps(geometry))):
+            assert twin.grid == grid and torch.equal(twin.open_faces, geometry.open_faces)
+            assert torch.equal(torch.as_tensor(twin.inflow["x-"]), torch.as_tensor(geometry.inflow["x-"]))
+
+
+def test_a_geometry_that_is_there_already_keeps_what_it_knows() -> None:
+    geometry = Geometry(Grid((4, 3, 2), (1.0, 1.0, 1.0)), torch.rand(4, 3, 2) < 0.5)
+    assert geometry.to("cpu") is geometry
+
+
+def test_an_inflow_with_a_gradient_is_refused() -> None:
+    grid = Grid((4, 3, 2), (1.0, 1.0, 1.0), (("inflow", "outflow"), P, P))
+    with pytest.raises(ValueError, match="Expected an inflow without a gradient on x-"):
+        Geometry(grid, None, {"x-": torch.rand(3, 2, requires_grad=True)})

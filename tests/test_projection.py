@@ -252,3 +252,61 @@ def test_another_shape_or_type_is_refused(call: Callable[..., object], unchecked
         call(torch.zeros(3, 5, 4, 6), geometry)
     with pytest.raises(ValueError, match="Expected a flux in FP32 or FP64, got torch.float16; convert it first"):
         call(torch.zeros(3, 5, 4, 7, dtype=torch.float16), geometry)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 10.0, 30.0, 100.0])
+def test_single_precision_in_flat_cells(ratio: float) -> None:
+    """The constant of a pore space must not grow from rounding: conjugate gradients would diverge."""
+    grid = Grid((8, 8, 8), (1.0, 1.0, ratio), (("no_slip",) * 2,) * 3)
+    for _ in range(4):
+        geometry = random_geometry(grid, fraction=0.1)
+        flux = random_flux(grid, dtype=torch.float32)
+        before, after = (operators.div(geometry.mask(f).double(), grid).norm() for f in (flux, project(flux, geometry)))
+        assert float(after / before) < 3e-6 * max(1.0, ratio / 10)
+
+
+@pytest.mark.parametrize("solid", [False, True])
+def test_what_is_not_a_number_stays_so(solid: bool) -> None:
+    geometry = geometry_of("channel", solid, 2)
+    flux = random_flux(geometry.grid, 2)
+    whole = project(flux, geometry)
+    flux[0, 0, 1, 2, 3] = torch.nan
+    flux[0, 0][geometry.open_faces[0, 0] if solid else geometry.open_faces[0]] = torch.nan
+    broken = project(flux, geometry)
+    assert bool(broken[0].isnan().any()) and bool(broken[1].isfinite().all())
+    torch.testing.assert_close(broken[1], whole[1], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("tol", [float("nan"), -1.0, 1.0, float("inf")])
+def test_a_tolerance_that_is_none_is_refused(tol: float) -> None:
+    geometry = geometry_of("channel", True)
+    with pytest.raises(ValueError, match="Expected a tolerance from 0 to below 1, got"):
+        project(random_flux(geometry.grid), geometry, tol)
+
+
+def test_a_guess_of_another_shape_is_refused(unchecked: None) -> None:
+    geometry = geometry_of("channel", True)
+    with pytest.raises(ValueError, match="Expected a field of shape"):
+        decompose(random_flux(geometry.grid), geometry, guess=torch.zeros(7))
+
+
+@pytest.mark.parametrize("solid", [False, True])
+@pytest.mark.parametrize("tol", [1e-2, 1e-6])
+def test_autocast_does_not_reach_it(solid: bool, tol: float) -> None:
+    geometry = geometry_of("channel", solid)
+    flux = random_flux(geometry.grid, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(project(flux, geometry, tol), project(flux, geometry, tol))
+        inside = project(flux, geometry, tol)
+    torch.testing.assert_close(inside, project(flux, geometry, tol), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("solid", [False, True])
+def test_inference_leaves_nothing_behind_that_training_cannot_use(solid: bool) -> None:
+    geometry = geometry_of("duct", solid)
+    with torch.inference_mode():
+        geometry.mask(project(random_flux(geometry.grid), geometry, 1e-6))
+        _ = geometry.wall_distance, geometry.porosity
+    flux = random_flux(geometry.grid).requires_grad_()
+    (geometry.mask(project(flux, geometry, 1e-6)) * geometry.wall_distance).square().sum().backward()
+    assert flux.grad is not None and bool(flux.grad.any())
