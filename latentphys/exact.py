@@ -198,10 +198,7 @@ def _on_grid_of(quantum: Tensor, flux: Tensor, geometry: Geometry) -> Tensor:
 def _net(flux: Tensor, outflow: Tensor, geometry: Geometry) -> Tensor:
     """What is left in each cell: `operators.div`, and what a prescribed inflow says of the last cells before it."""
     net = operators.stored_div(flux, geometry.grid) + outflow
-    for axis, (_, high) in enumerate(geometry.ends):
-        if high == "open":
-            net.select(axis - 3, -1).zero_()
-    return net
+    return operators.zero_last_cells(net, [high == "open" for _, high in geometry.ends])
 
 
 def _balance(units: Tensor, outflow: Tensor, geometry: Geometry) -> Tensor:

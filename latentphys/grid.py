@@ -115,6 +115,12 @@ class Grid:
         dx, dy, dz = self.spacing
         return dy * dz, dx * dz, dx * dy
 
+    @property
+    def conductances(self) -> tuple[float, float, float]:
+        """C = face area / cell size of each axis [m], which turns a difference of φ [m²/s] into a flux [m³/s]."""
+        x, y, z = (area / h for area, h in zip(self.face_areas, self.spacing, strict=True))
+        return x, y, z
+
     def per_face(self, values: tuple[float, float, float], like: Tensor) -> Float[Tensor, "3 1 1 1"]:
         """Three per-axis numbers as a tensor that multiplies a flux."""
         return torch.tensor(values, dtype=like.dtype, device=like.device).reshape(3, 1, 1, 1)
@@ -139,17 +145,6 @@ class Grid:
             return cls(tuple(data["shape"]), tuple(data["spacing"]), boundaries)
         except (KeyError, TypeError) as error:
             raise ValueError(f"Expected a grid with shape, spacing and boundaries, got {dict(data)!r}.") from error
-
-
-def _outside_inference_mode(work: Callable[P, T]) -> Callable[P, T]:
-    """What is worked out once must serve training too, wherever it was asked for first."""
-
-    @wraps(work)
-    def outside(*args: P.args, **kwargs: P.kwargs) -> T:
-        with torch.inference_mode(False):
-            return work(*args, **kwargs)
-
-    return outside
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,13 +250,13 @@ class Geometry:
         return batch
 
     @cached_property
-    @_outside_inference_mode
+    @torch.inference_mode(False)
     def fluid(self) -> Bool[Tensor, "*batch nx ny nz"]:
         """True in the cells that fluid fills."""
         return torch.ones(self.grid.shape, dtype=torch.bool) if self.solid is None else ~self.solid
 
     @cached_property
-    @_outside_inference_mode
+    @torch.inference_mode(False)
     def open_faces(self) -> Bool[Tensor, "*batch 3 nx ny nz"]:
         """True on the low faces through which something can flow: no wall of the box, and fluid on both sides."""
         fluid = self.fluid
@@ -284,7 +279,7 @@ class Geometry:
         return (names[0], names[1]), (names[2], names[3]), (names[4], names[5])
 
     @cached_property
-    @_outside_inference_mode
+    @torch.inference_mode(False)
     def free_faces(self) -> Bool[Tensor, "*batch 3 nx ny nz"]:
         """True on the open faces whose flux is not prescribed."""
         if not self.inflow:
@@ -300,13 +295,13 @@ class Geometry:
         return torch.where(self.open_faces.to(flux.device), flux, 0.0)
 
     @cached_property
-    @_outside_inference_mode
+    @torch.inference_mode(False)
     def porosity(self) -> Float[Tensor, "*batch"]:
         """Share of the box that is fluid, 0…1."""
         return self.fluid.double().mean((-3, -2, -1))
 
     @cached_property
-    @_outside_inference_mode
+    @torch.inference_mode(False)
     def wall_distance(self) -> Float[Tensor, "*batch nx ny nz"]:
         """Distance of each fluid cell's centre to the nearest no-slip surface [m]; 0 in solids.
 

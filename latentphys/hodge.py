@@ -26,7 +26,7 @@ from torch import Tensor
 
 from latentphys import operators
 from latentphys.grid import Geometry, Grid, per_geometry
-from latentphys.pressure import conductances, face_conductance, side_conductance, solve, subtract_gradient
+from latentphys.pressure import face_conductance, side_conductance, solve, subtract_gradient
 from latentphys.projection import decompose
 from latentphys.separable import Separable
 from latentphys.topology import regions, spanning_forests
@@ -92,7 +92,7 @@ def _energy_density(one: Tensor, other: Tensor, geometry: Geometry) -> Tensor:
         grid, last = geometry.grid, torch.zeros(geometry.grid.shape, dtype=one.dtype, device=one.device)
         for axis, (_, high) in enumerate(geometry.ends):
             if high == "open":
-                last.select(axis - 3, -1).add_(2 * conductances(grid)[axis])
+                last.select(axis - 3, -1).add_(2 * grid.conductances[axis])
         out = [operators.stored_div(torch.where(free, flux, 0.0), grid) for flux in (one, other)]
         density = density + torch.where(last > 0, out[0] / last * out[1], 0.0)
     return density
@@ -141,7 +141,7 @@ def harmonic_fields(geometry: Geometry) -> Float[Tensor, "m *batch 3 nx ny nz"]:
                 if end != "open":
                     continue
                 source = torch.zeros_like(empty[..., 0, :, :, :])
-                beside = 2 * conductances(grid)[axis] * fluid.select(axis - 3, index).double()
+                beside = 2 * grid.conductances[axis] * fluid.select(axis - 3, index).double()
                 source.select(axis - 3, index).copy_(-beside)
                 size = geometry.mask(empty + face_conductance(geometry, empty))
                 potential = solve(source, size, geometry, tol=1e-14)[0]

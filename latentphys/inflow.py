@@ -8,7 +8,7 @@ from torch import Tensor
 
 from latentphys import operators
 from latentphys.grid import SIDES, Geometry, per_geometry
-from latentphys.pressure import conductances, solve, subtract_gradient
+from latentphys.pressure import solve, subtract_gradient
 from latentphys.topology import regions
 
 NOTHING = 1e-13
@@ -99,7 +99,7 @@ def through_sides(
     grid, given = geometry.grid, prescribed_outflow(geometry).to(flux)
     left = -(operators.stored_div(flux, grid) + given)
     sinks = torch.zeros_like(left)
-    metric = conductances(grid)
+    metric = grid.conductances
     for axis, (_, high) in enumerate(geometry.ends):
         if high == "open":
             sinks.select(axis - 3, -1).add_(metric[axis])

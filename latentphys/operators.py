@@ -11,6 +11,8 @@ where a flux becomes a velocity (`velocity`), by division with the face area.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Num
 from torch import Tensor
@@ -53,11 +55,7 @@ def div(flux: Num[Tensor, "*batch 3 nx ny nz"], grid: Grid) -> Num[Tensor, "*bat
     the low wall counts, so that an inadmissible field shows. In the last cells before an open high side the net is zero
     by definition: the flux through the side is what closes their balance (`high_faces`, `inflow.through_sides`).
     """
-    net = stored_div(flux, grid)
-    for axis, (_, high) in enumerate(grid.open_sides):
-        if high:
-            net.select(axis - 3, -1).zero_()
-    return net
+    return zero_last_cells(stored_div(flux, grid), [high for _, high in grid.open_sides])
 
 
 def stored_div(flux: Num[Tensor, "*batch 3 nx ny nz"], grid: Grid) -> Num[Tensor, "*batch nx ny nz"]:
@@ -65,6 +63,14 @@ def stored_div(flux: Num[Tensor, "*batch 3 nx ny nz"], grid: Grid) -> Num[Tensor
     check_shape(flux, grid, components=True)
     parts = [shift(flux[..., a, :, :, :], a, 1, grid) - flux[..., a, :, :, :] for a in range(3)]
     return parts[0] + parts[1] + parts[2]
+
+
+def zero_last_cells(scalar: Tensor, axes: Sequence[bool]) -> Tensor:
+    """A scalar in cells, in place, with zero in the last cells along some of the three axes."""
+    for axis, is_closed_by_definition in enumerate(axes):
+        if is_closed_by_definition:
+            scalar.select(axis - 3, -1).zero_()
+    return scalar
 
 
 def high_faces(flux: Float[Tensor, "*batch 3 nx ny nz"], grid: Grid) -> Float[Tensor, "*batch 3 nx ny nz"]:
@@ -79,7 +85,7 @@ def high_faces(flux: Float[Tensor, "*batch 3 nx ny nz"], grid: Grid) -> Float[Te
     share = torch.zeros_like(faces)
     for axis, (_, high) in enumerate(grid.open_sides):
         if high:
-            share.select(-4, axis).select(axis - 3, -1).fill_(grid.face_areas[axis] / grid.spacing[axis])
+            share.select(-4, axis).select(axis - 3, -1).fill_(grid.conductances[axis])
     share = share / share.sum(-4, keepdim=True).clamp(min=torch.finfo(share.dtype).tiny)
     return faces - share * stored_div(flux, grid).unsqueeze(-4)
 

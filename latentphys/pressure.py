@@ -54,34 +54,21 @@ def solve(
         ConvergenceError: the tolerance was not reached.
     """
     with torch.autocast(net.device.type, enabled=False):
-        return _solve(net, flux, geometry, tol, floor, guess, max_iterations, net if against is None else against)
-
-
-def _solve(
-    net: Tensor,
-    flux: Tensor,
-    geometry: Geometry,
-    tol: float | None,
-    floor: float,
-    guess: Tensor | None,
-    max_iterations: int,
-    against: Tensor,
-) -> tuple[Tensor, int]:
-    grid, dtype = geometry.grid, net.dtype
-    if geometry.is_empty:
-        return box_poisson(grid, geometry.ends, dtype, net.device)(net), 0
-    tol = DEFAULT_TOLERANCE[dtype] if tol is None else tol
-    # The squares of fluxes in micrometre pores underflow in FP32; a power of two changes no bit of the others.
-    scale = _power_of_two(flux)
-    small = max(floor, 8 * torch.finfo(dtype).eps) * (flux / scale).square().sum((-4, -3, -2, -1)).sqrt()
-    scale = scale.squeeze(-4)
-    if guess is not None:
-        operators.check_shape(guess, grid, components=False)
-        guess = guess.to(net) / scale
-    potential, iterations = _conjugate_gradients(
-        net / scale, geometry, tol, small, guess, max_iterations, against / scale
-    )
-    return potential * scale, iterations
+        grid, dtype = geometry.grid, net.dtype
+        if geometry.is_empty:
+            return box_poisson(grid, geometry.ends, dtype, net.device)(net), 0
+        tol = DEFAULT_TOLERANCE[dtype] if tol is None else tol
+        # The squares of fluxes in micrometre pores underflow in FP32; a power of two changes no bit of the others.
+        scale = _power_of_two(flux)
+        small = max(floor, 8 * torch.finfo(dtype).eps) * (flux / scale).square().sum((-4, -3, -2, -1)).sqrt()
+        scale = scale.squeeze(-4)
+        if guess is not None:
+            operators.check_shape(guess, grid, components=False)
+            guess = guess.to(net) / scale
+        potential, iterations = _conjugate_gradients(
+            net / scale, geometry, tol, small, guess, max_iterations, (net if against is None else against) / scale
+        )
+        return potential * scale, iterations
 
 
 @per_geometry
@@ -90,15 +77,9 @@ def free_faces(geometry: Geometry, device: torch.device) -> Tensor:
     return geometry.free_faces.to(device)
 
 
-def conductances(grid: Grid) -> tuple[float, float, float]:
-    """C = face area / cell size [m], which turns a difference of φ into a flux."""
-    x, y, z = (area / h for area, h in zip(grid.face_areas, grid.spacing, strict=True))
-    return x, y, z
-
-
 def face_conductance(geometry: Geometry, like: Tensor) -> Float[Tensor, "3 nx ny nz"]:
     """C on every stored face: twice as large on the low faces of open sides, half a cell from where φ is zero."""
-    metric = geometry.grid.per_face(conductances(geometry.grid), like).expand(3, *geometry.grid.shape).clone()
+    metric = geometry.grid.per_face(geometry.grid.conductances, like).expand(3, *geometry.grid.shape).clone()
     for axis, (low, _) in enumerate(geometry.ends):
         if low == "open":
             metric[axis].select(axis - 3, 0).mul_(2)
@@ -111,7 +92,7 @@ def side_conductance(geometry: Geometry, like: Tensor) -> Float[Tensor, "*batch 
         return None
     fluid = geometry.fluid.to(like)
     sinks = torch.zeros_like(fluid)
-    for axis, (metric, ends) in enumerate(zip(conductances(geometry.grid), geometry.ends, strict=True)):
+    for axis, (metric, ends) in enumerate(zip(geometry.grid.conductances, geometry.ends, strict=True)):
         for index, end in zip((0, -1), ends, strict=True):
             if end == "open":
                 sinks.select(axis - 3, index).add_(2 * metric * fluid.select(axis - 3, index))
@@ -121,7 +102,7 @@ def side_conductance(geometry: Geometry, like: Tensor) -> Float[Tensor, "*batch 
 def subtract_gradient(flux: Tensor, potential: Tensor, geometry: Geometry) -> None:
     """F ← F − C M G φ, face by face in place: the same as `operators` would give, in a third of the memory traffic."""
     is_free = None if geometry.is_empty else free_faces(geometry, flux.device)
-    for axis, (n, metric) in enumerate(zip(geometry.grid.shape, conductances(geometry.grid), strict=True)):
+    for axis, (n, metric) in enumerate(zip(geometry.grid.shape, geometry.grid.conductances, strict=True)):
         dim = axis - 3
         faces = [(potential.narrow(dim, 1, n - 1) - potential.narrow(dim, 0, n - 1), 1)]
         low = geometry.ends[axis][0]
@@ -185,7 +166,7 @@ def _conjugate_gradients(
 
 def _couplings(geometry: Geometry, like: Tensor) -> tuple[Tensor, Tensor | None]:
     """C on the free faces between two cells, and what each cell loses through open sides."""
-    conductance = free_faces(geometry, like.device) * geometry.grid.per_face(conductances(geometry.grid), like)
+    conductance = free_faces(geometry, like.device) * geometry.grid.per_face(geometry.grid.conductances, like)
     for axis, (low, _) in enumerate(geometry.ends):
         if low == "open":
             conductance.select(-4, axis).select(axis - 3, 0).zero_()

@@ -173,7 +173,7 @@ def _doubled(flux: Tensor, grid: Grid) -> Tensor:
         cells @ _cell_poisson(grid).to(flux), "... x y z (i j k) -> ... (x i) (y j) (z k)", i=2, j=2, k=2
     )
     components = []
-    for axis, (n, metric) in enumerate(zip(grid.shape, _metric(grid), strict=True)):
+    for axis, (n, metric) in enumerate(zip(grid.shape, grid.conductances, strict=True)):
         dim = axis - 3
         halves = potential.unflatten(dim, (n, 2))
         difference = halves.select(dim, 1) - halves.select(dim, 0)
@@ -211,16 +211,11 @@ def _twice(x: Tensor, *axes: int) -> Tensor:
     return x
 
 
-def _metric(grid: Grid) -> list[float]:
-    """Face area over cell size of the halved cells [m]."""
-    return [area / h / 2 for area, h in zip(grid.face_areas, grid.spacing, strict=True)]
-
-
 def _cell_poisson(grid: Grid) -> Float[Tensor, "8 8"]:
     """Pseudo-inverse of div · metric · grad on 2 × 2 × 2 cells with a closed rim, from its eigenvectors (Haar)."""
     haar = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
     vectors = torch.kron(torch.kron(haar, haar), haar)
-    cx, cy, cz = _metric(grid)
+    cx, cy, cz = grid.conductances
     values = torch.tensor(
         [-2 * (cx * i + cy * j + cz * k) for i in (0, 1) for j in (0, 1) for k in (0, 1)], dtype=torch.float64
     )

@@ -39,6 +39,7 @@ class Separable:
         dtype, device: of what it is applied to.
     """
 
+    @torch.inference_mode(False)  # instances are kept, and must serve training too
     def __init__(
         self,
         grid: Grid,
@@ -47,19 +48,6 @@ class Separable:
         function: Callable[[Tensor], Tensor],
         *,
         corners: tuple[bool, bool, bool] = (False, False, False),
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        with torch.inference_mode(False):  # instances are kept, and must serve training too
-            self._prepare(grid, ends, weights, function, corners, dtype, device)
-
-    def _prepare(
-        self,
-        grid: Grid,
-        ends: Ends,
-        weights: tuple[float, float, float],
-        function: Callable[[Tensor], Tensor],
-        corners: tuple[bool, bool, bool],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -123,5 +111,4 @@ def box_poisson(grid: Grid, ends: Ends, dtype: torch.dtype, device: torch.device
 
     φ is zero beyond open ends; where there are none it has zero mean, and so must r.
     """
-    ax, ay, az = (area / h for area, h in zip(grid.face_areas, grid.spacing, strict=True))
-    return Separable(grid, ends, (ax, ay, az), lambda eigenvalues: -1 / eigenvalues, dtype=dtype, device=device)
+    return Separable(grid, ends, grid.conductances, lambda eigenvalues: -1 / eigenvalues, dtype=dtype, device=device)

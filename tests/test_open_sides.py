@@ -15,7 +15,7 @@ from latentphys import operators
 from latentphys.grid import SIDES, Boundaries, Boundary, Geometry, Grid
 from latentphys.hodge import energy_product
 from latentphys.inflow import inflow_flux, through_sides
-from latentphys.pressure import conductances, face_conductance
+from latentphys.pressure import face_conductance
 from latentphys.projection import project
 
 Pair = tuple[Boundary, Boundary]
@@ -181,7 +181,7 @@ def test_the_lift_has_the_least_energy_of_all_flows_with_its_inflow(name: str, s
     out, other_out = through_sides(lift, geometry), through_sides(other, geometry)
     for side, end in zip(SIDES, sum(geometry.ends, ()), strict=True):
         if side.endswith("+") and end == "open":
-            across = 2 * conductances(geometry.grid)[SIDES.index(side) // 2]
+            across = 2 * geometry.grid.conductances[SIDES.index(side) // 2]
             product += (out[side] * (other_out[side] - out[side]) / across).sum()
     assert largest(product) < 1e-10
     assert given or not bool(lift.any())
