@@ -142,7 +142,7 @@ class PotentialHead(SolenoidalHead):
 
     def flux(self, raw: Tensor, geometry: Geometry, scale: FamilyScale) -> Tensor:
         grid = geometry.grid
-        edges = grid.per_face(grid.spacing, raw) * min(grid.lengths) * scale.velocity
+        edges = grid.per_face(grid.spacing, raw) * grid.shortest_side * scale.velocity
         return operators.curl(raw[:, :3] * edges, grid) + _mean_flow(raw[:, 3:], geometry, scale)
 
 

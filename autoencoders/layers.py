@@ -17,7 +17,7 @@ NUM_GEOMETRY_FEATURES = 2
 def geometry_features(geometry: Geometry) -> Float[Tensor, "batch 2 nx ny nz"]:
     """What the networks are told of the box: fluid (1) or solid (0), and the wall distance in half shortest sides."""
     shape = (-1, *geometry.grid.shape)
-    distance = geometry.wall_distance.reshape(shape) * (2 / min(geometry.grid.lengths))
+    distance = geometry.wall_distance.reshape(shape) * (2 / geometry.grid.shortest_side)
     fluid = geometry.fluid.reshape(shape).to(distance).expand_as(distance)
     return torch.stack([fluid, distance], dim=1).float()
 

@@ -48,7 +48,7 @@ class VorticityLoss(nn.Module):
         scale: FamilyScale,
     ) -> Float[Tensor, ""]:
         error = operators.vorticity(prediction - target, geometry.grid)
-        return _root((error * (min(geometry.grid.spacing) / scale.velocity)).square().mean((-4, -3, -2, -1))).mean()
+        return _root((error * (geometry.grid.finest_spacing / scale.velocity)).square().mean((-4, -3, -2, -1))).mean()
 
 
 class WeightedSum(nn.Module):

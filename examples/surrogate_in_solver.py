@@ -53,12 +53,13 @@ class Solver:
     """The numerical solver of one flow; every state that it returns is exactly conservative."""
 
     def __init__(self, start: State, parameters: ParametersAt) -> None:
-        self._solver = NavierStokes(start.geometry, start.parameters["viscosity"])
         self._parameters = parameters
+        self._solver = NavierStokes(start.geometry, start.parameters["viscosity"], self._force)
 
     def step(self, state: State, interval: float) -> State:
         """The state an interval [s] later."""
-        flux = self._solver.advance(state.velocity[None].float(), self._force, state.time, interval)[0]
+        fields = self._solver.working({"velocity": state.velocity[None]})
+        flux = self._solver.advance(fields, state.time, interval)["velocity"][0]
         return state.with_fields(
             time=state.time + interval, velocity=exact.conserve(flux=flux, geometry=state.geometry)
         )

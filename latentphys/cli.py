@@ -44,12 +44,30 @@ def simulate(arguments: argparse.Namespace) -> int:
             batch_size=config["batch_size"],
             device=device,
             compiled=_should_compile(config),
+            workers=_workers(config, device),
+            resume=config["resume"],
             overwrite=config["overwrite"],
-            provenance={"config": config},
+            provenance={"config": {k: v for k, v in config.items() if k not in _NOT_THE_DATA}},
             progress=lambda n: bar.advance(line, n),
         )
     print(out)
     return DONE
+
+
+_NOT_THE_DATA = ("out", "workers", "resume", "overwrite")
+"""Settings that change how a data set is made, and nothing of what it holds."""
+
+
+def _workers(config: dict[str, Any], device: str) -> int | str:
+    """How many processes: as configured, or one for each batch as long as there are cores, or GPUs."""
+    import os
+
+    import torch
+
+    if config["workers"] != "auto":
+        return config["workers"]
+    there = torch.cuda.device_count() if device == "cuda" else len(os.sched_getaffinity(0))
+    return max(1, min(there, -(-config["trajectories"] // config["batch_size"])))
 
 
 def _should_compile(config: dict[str, Any]) -> bool:
@@ -184,9 +202,7 @@ def info(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(description, indent=1))
     else:
-        width = max(len(name) for name in description)
-        for name, value in description.items():
-            print(f"{name:<{width}}  {value}")
+        _print_nested(description)
     return DONE
 
 
@@ -206,6 +222,17 @@ def _reconstruction(autoencoder: Any) -> Callable[[Any], Any]:
         return autoencoder.decode(latent, state.geometry, state.family, exact=True)[0]
 
     return reconstruct
+
+
+def _print_nested(description: dict[str, Any], indent: str = "") -> None:
+    """Names and values in two columns; what belongs together indented under its name."""
+    width = max(len(name) for name in description)
+    for name, value in description.items():
+        if isinstance(value, dict):
+            print(f"{indent}{name}")
+            _print_nested(value, indent + "  ")
+        else:
+            print(f"{indent}{name:<{width}}  {value}")
 
 
 def _show(bar: Any, line: Any, done: int, total: int) -> None:
@@ -256,14 +283,14 @@ def parser() -> argparse.ArgumentParser:
     sub = verb(
         simulate,
         "make ground truth: run a family of flows and write it to a store",
-        "examples:\n  latentphys simulate family=channel size=tiny out=channel.zarr\n"
+        "examples:\n  latentphys simulate family=open_channel size=tiny out=open_channel.zarr\n"
         "  latentphys simulate family=porous grid.shape=[64,64,64] trajectories=16 out=porous.zarr",
     )
     sub.add_argument(
         "overrides",
         nargs="*",
         metavar="KEY=VALUE",
-        help="Hydra overrides: family=channel|porous, "
+        help="Hydra overrides: family=open_channel|porous, "
         "size=tiny|small|base, grid.shape, trajectories, frames, seed, out, device, overwrite, family.…",
     )
 
@@ -271,8 +298,9 @@ def parser() -> argparse.ArgumentParser:
         train,
         "train an autoencoder on field stores, or a dynamics model on latent stores",
         "examples:\n"
-        "  accelerate launch -m latentphys train autoencoder stores=[channel.zarr,porous.zarr] run=runs/autoencoder\n"
-        "  accelerate launch -m latentphys train dynamics stores=[channel.latent.zarr,porous.latent.zarr] "
+        "  accelerate launch -m latentphys train autoencoder stores=[open_channel.zarr,porous.zarr] "
+        "run=runs/autoencoder\n"
+        "  accelerate launch -m latentphys train dynamics stores=[open_channel.latent.zarr,porous.latent.zarr] "
         "run=runs/dynamics",
     )
     sub.add_argument("model", choices=("autoencoder", "dynamics"))

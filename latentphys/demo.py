@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-FAMILIES = ("channel", "porous")
+FAMILIES = ("open_channel", "porous")
 HELD_OUT = 3
 
 
@@ -24,7 +24,7 @@ class _Size:
 SIZES = {
     "demo": _Size(
         simulate={
-            "channel": ["size=small", "trajectories=12", "frames=24", "batch_size=12", "family.spin_up=1.5"],
+            "open_channel": ["size=small", "trajectories=12", "frames=24", "batch_size=12", "family.spin_up=1.5"],
             "porous": ["size=small", "trajectories=22", "frames=17", "batch_size=22"],
         },
         autoencoder=["trainer.num_steps=240"],
@@ -33,7 +33,7 @@ SIZES = {
     ),
     "tiny": _Size(
         simulate={
-            "channel": ["size=tiny", "trajectories=5", "frames=8"],
+            "open_channel": ["size=tiny", "trajectories=5", "frames=8"],
             "porous": ["size=tiny", "trajectories=5", "frames=8"],
         },
         autoencoder=["trainer.num_steps=4", "trainer.batch_size=2"],

@@ -67,8 +67,8 @@ def conserve(
         FP64 flux F with ``operators.div(F, grid) == 0.0`` everywhere, exactly, on the device of the input.
 
     Raises:
-        ValueError: both or neither of flux and potential, a shape other than the grid's, non-finite numbers, or numbers
-            near the end of FP64's range.
+        ValueError: both or neither of flux and potential, a shape other than the grid's, a batch other than the
+            geometry's, non-finite numbers, or numbers near the end of FP64's range.
         ConvergenceError: the projection before the fixed-point step did not reach its tolerance.
     """
     return conserve_report(geometry=geometry, flux=flux, potential=potential, harmonic=harmonic, tol=tol).flux

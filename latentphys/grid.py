@@ -6,7 +6,9 @@ Everything in the library lives on a staggered (MAC) complex over such a box. A 
     face  a of cell i: normal to axis a, between cell i − e_a and cell i
     edge  a of cell i: parallel to axis a, at the low corner of cell i
 
-On a periodic axis the high face of the last cell is face 0. On a wall the low face 0 and the (unstored) high
+On a periodic axis the high face of the last cell is face 0. Two- and one-dimensional data are boxes with a single cell
+along the periodic axes on which nothing depends: there both faces of a cell are one, and what flows through it leaves
+every balance alone. On a wall the low face 0 and the (unstored) high
 face are closed: nothing flows through them. Through an open side (inflow, outflow) something flows: its low faces are
 stored like any other, and the flux through a high face, which is not stored, closes the balance of the last cell.
 """
@@ -14,6 +16,7 @@ stored like any other, and the flux through a high face, which is not stored, cl
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, wraps
@@ -46,7 +49,8 @@ class Grid:
     """A box of ``nx × ny × nz`` cells.
 
     Args:
-        shape: number of cells per axis, each ≥ 2.
+        shape: number of cells per axis, each ≥ 2, or 1 along a periodic axis on which nothing depends, as in
+            ``(nx, ny, 1)``.
         spacing: cell size per axis (dx, dy, dz) [m], > 0; the three may differ.
         boundaries: per axis the (low, high) pair, each ``periodic | no_slip | free_slip | inflow | outflow``. Default:
             periodic.
@@ -60,11 +64,17 @@ class Grid:
     boundaries: Boundaries = PERIODIC
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        try:
+            object.__setattr__(self, "shape", tuple(operator.index(n) for n in self.shape))
+        except TypeError:
+            raise ValueError(f"Expected whole numbers of cells, got a shape of {self.shape}.") from None
         object.__setattr__(self, "spacing", tuple(float(h) for h in self.spacing))
         object.__setattr__(self, "boundaries", tuple(tuple(pair) for pair in self.boundaries))
-        if len(self.shape) != 3 or min(self.shape) < 2:
-            raise ValueError(f"Expected a shape of three axes with at least 2 cells each, got {self.shape}.")
+        if len(self.shape) != 3:
+            raise ValueError(
+                f"Expected a shape of three axes, got {self.shape}; where nothing depends on an axis, give it 1 cell "
+                "and periodic sides, as in (nx, ny, 1)."
+            )
         if len(self.spacing) != 3 or not all(np.isfinite(h) and h > 0 for h in self.spacing):
             raise ValueError(f"Expected three positive, finite spacings [m], got {self.spacing}.")
         if len(self.boundaries) != 3 or any(len(pair) != 2 for pair in self.boundaries):
@@ -75,6 +85,12 @@ class Grid:
                     raise ValueError(f"Expected a boundary of {' | '.join(BOUNDARIES)} on axis {axis}, got {name!r}.")
             if (pair[0] == "periodic") != (pair[1] == "periodic"):
                 raise ValueError(f"Expected 'periodic' on both sides of axis {axis} or on neither, got {pair}.")
+        for axis, n, pair in zip("xyz", self.shape, self.boundaries, strict=True):
+            if n < 1 or (n == 1 and pair[0] != "periodic"):
+                raise ValueError(
+                    f"Expected at least 2 cells along each axis, or 1 along a periodic one, got {n} along {axis} in "
+                    f"{self.shape} between {pair}; make {axis} periodic where nothing depends on it."
+                )
 
     @property
     def periodic(self) -> tuple[bool, bool, bool]:
@@ -108,6 +124,19 @@ class Grid:
     def cell_volume(self) -> float:
         """Volume of a cell [m³]."""
         return float(np.prod(self.spacing))
+
+    @property
+    def shortest_side(self) -> float:
+        """The shortest edge length of the box [m], of the axes with more than one cell if there are any."""
+        return min(self._of_varying(self.lengths))
+
+    @property
+    def finest_spacing(self) -> float:
+        """The smallest cell size [m], of the axes with more than one cell if there are any."""
+        return min(self._of_varying(self.spacing))
+
+    def _of_varying(self, values: tuple[float, float, float]) -> list[float]:
+        return [value for value, n in zip(values, self.shape, strict=True) if n > 1] or list(values)
 
     @property
     def face_areas(self) -> tuple[float, float, float]:
@@ -235,8 +264,10 @@ class Geometry:
         """One batch from the geometries of several samples; what each has worked out about itself is kept.
 
         Raises:
-            ValueError: samples on different grids, or with different inflows.
+            ValueError: no samples, samples on different grids, or with different inflows.
         """
+        if not geometries:
+            raise ValueError("Expected at least one geometry, got none.")
         first = geometries[0]
         if any(g.grid != first.grid for g in geometries):
             raise ValueError("Expected samples on one grid, got several; batch each grid by itself.")
@@ -290,8 +321,19 @@ class Geometry:
                 faces.select(-4, axis).select(axis - 3, 0).fill_(False)
         return faces
 
+    def check_batch(self, flux: Float[Tensor, "*batch 3 nx ny nz"]) -> None:
+        """Raise ValueError where the leading axes of a flux do not broadcast against `batch_shape`."""
+        leading = tuple(flux.shape[:-4])
+        # aligned at their last axes, two lengths agree if they are equal or either is 1
+        if any(m != n and 1 not in (m, n) for m, n in zip(leading[::-1], self.batch_shape[::-1], strict=False)):
+            raise ValueError(
+                f"Expected leading axes that broadcast against the geometry's {self.batch_shape}, got {leading}; pass "
+                "one geometry for all samples, or one for each."
+            )
+
     def mask(self, flux: Float[Tensor, "*batch 3 nx ny nz"]) -> Float[Tensor, "*batch 3 nx ny nz"]:
         """The flux with nothing through walls and solids."""
+        self.check_batch(flux)
         return torch.where(self.open_faces.to(flux.device), flux, 0.0)
 
     @cached_property
@@ -306,11 +348,12 @@ class Geometry:
         """Distance of each fluid cell's centre to the nearest no-slip surface [m]; 0 in solids.
 
         Euclidean to the centre of the nearest solid voxel less half a cell, and to the no-slip sides of the box; at
-        most half the shortest side of the box, which is also what it is where there is no such surface at all.
+        most half the shortest side of the box, which is also what it is where there is no such surface at all. Axes of
+        a single cell count neither as sides nor for the half cell.
         """
         from scipy.ndimage import distance_transform_edt
 
-        grid, far = self.grid, 0.5 * min(self.grid.lengths)
+        grid, far = self.grid, 0.5 * self.grid.shortest_side
         distance = torch.full((*self.batch_shape, *grid.shape), far, dtype=torch.float64)
         for axis, (low, high) in enumerate(grid.boundaries):
             centres = (torch.arange(grid.shape[axis], dtype=torch.float64) + 0.5) * grid.spacing[axis]
@@ -327,7 +370,7 @@ class Geometry:
                 if solid.any():
                     images = np.pad(~solid, [(m, m) for m in margin], mode="wrap")
                     nearest[:] = distance_transform_edt(images, sampling=grid.spacing)[inner]
-            beyond = torch.from_numpy(to_solid).reshape(distance.shape) - 0.5 * min(grid.spacing)
+            beyond = torch.from_numpy(to_solid).reshape(distance.shape) - 0.5 * grid.finest_spacing
             distance = torch.minimum(distance, beyond.clamp(min=0.0))
         return distance
 

@@ -37,7 +37,7 @@ class Multigrid:
 
     Args:
         conductance: k ≥ 0 of each low face, FP32 or FP64, of shape ``(*batch, 3, nx, ny, nz)``; 0 on closed faces. Face
-            0 of an axis lies between its last and its first cell.
+            0 of an axis lies between its last and its first cell; along an axis of one cell it couples nothing.
         sink: s ≥ 0 of each cell, of shape ``(*batch, nx, ny, nz)``. Default: none.
 
     Raises:
@@ -139,7 +139,7 @@ class _Graph(NamedTuple):
 def _pore_space(conductance: Tensor, sink: Tensor) -> tuple[Tensor, _Graph]:
     """The cells that have an open face or a sink, red ones first, as flat indices; and the graph of them."""
     device = sink.device
-    low_face = [conductance[:, a] for a in range(3)]
+    low_face = [k if n > 1 else torch.zeros_like(k) for k, n in zip(conductance.unbind(1), sink.shape[1:], strict=True)]
     high_face = [k.roll(-1, a + 1) for a, k in enumerate(low_face)]
     used = sink > 0
     for k in (*low_face, *high_face):

@@ -56,16 +56,17 @@ def project(
         tol: largest ‖net flux‖₂ after against before, per sample. Default 1e-6 (FP32) or 1e-12 (FP64). Good values
             inside a training loss: 1e-2 … 1e-3. An empty box is solved directly whatever this says, in FP32 below 1e-3
             twice, the second time for what the first has left by rounding.
-        max_iterations: bound on the conjugate-gradient iterations.
+        max_iterations: bound on the conjugate-gradient iterations, ≥ 1.
 
     Returns:
         The projected flux; differentiable, also twice.
 
     Raises:
-        ValueError: another shape than the grid's, or a dtype other than FP32 and FP64.
+        ValueError: another shape than the grid's, another batch than the geometry's, a dtype other than FP32 and FP64,
+            a tolerance outside 0…1, or a bound below 1.
         ConvergenceError: the tolerance was not reached.
     """
-    _check(flux, geometry, tol)
+    _check(flux, geometry, tol, max_iterations)
     if not geometry.inflow:
         return _Project.apply(flux, geometry, tol, max_iterations, False)
     given = inflow_flux(geometry).to(flux)
@@ -109,7 +110,7 @@ def decompose(
         floor: a net flux small enough whatever `tol` says, ‖net flux‖₂ relative to ‖flux‖₂.
         guess: a potential to start from, such as the one before it in a time loop. Used only where there are solids.
     """
-    _check(flux, geometry, tol)
+    _check(flux, geometry, tol, max_iterations)
     if not geometry.inflow:
         return _project(flux, geometry, tol, guess, max_iterations, floor)
     given = inflow_flux(geometry).to(flux)
@@ -117,12 +118,15 @@ def decompose(
     return done._replace(solenoidal=done.solenoidal + given)
 
 
-def _check(flux: Tensor, geometry: Geometry, tol: float | None) -> None:
+def _check(flux: Tensor, geometry: Geometry, tol: float | None, max_iterations: int) -> None:
     if flux.dtype not in DEFAULT_TOLERANCE:
         raise ValueError(f"Expected a flux in FP32 or FP64, got {flux.dtype}; convert it first.")
     operators.check_shape(flux, geometry.grid, components=True)
+    geometry.check_batch(flux)
     if tol is not None and not 0 <= tol < 1:
         raise ValueError(f"Expected a tolerance from 0 to below 1, got {tol}.")
+    if max_iterations < 1:
+        raise ValueError(f"Expected at least 1 iteration at most, got {max_iterations}.")
 
 
 def _project(

@@ -9,6 +9,9 @@ who solve the same eight-cell problem with a polynomial.
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import torch
 from einops import rearrange, reduce
 from jaxtyping import Float
@@ -19,6 +22,7 @@ from latentphys.grid import SIDES, Geometry, Grid
 from latentphys.projection import project
 
 Factor = int | tuple[int, int, int]
+"""Fine cells per coarse cell along each axis; a single number leaves axes of one cell alone."""
 
 
 def coarsen(geometry: Geometry, factor: Factor) -> Geometry:
@@ -32,7 +36,7 @@ def coarsen(geometry: Geometry, factor: Factor) -> Geometry:
         factor: fine cells per coarse cell, along all axes or each.
 
     Raises:
-        ValueError: a factor that does not divide the grid, or leaves less than 2 cells along an axis.
+        ValueError: a factor that does not divide the grid, or leaves a single cell along an axis that is not periodic.
     """
     grid, (fx, fy, fz) = geometry.grid, _factors(geometry.grid, factor)
     nx, ny, nz = grid.shape
@@ -63,7 +67,7 @@ def refine(geometry: Geometry, factor: Factor) -> Geometry:
     Raises:
         ValueError: a factor below 1.
     """
-    grid, factors = geometry.grid, _three(factor)
+    grid, factors = geometry.grid, _three(geometry.grid, factor)
     (nx, ny, nz), (dx, dy, dz), (fx, fy, fz) = grid.shape, grid.spacing, factors
     fine = Grid((nx * fx, ny * fy, nz * fz), (dx / fx, dy / fy, dz / fz), grid.boundaries)
     inflow = dict(geometry.inflow)
@@ -134,7 +138,7 @@ def prolong(
     Args:
         flux: through the low faces of the coarse grid [m³/s].
         grid: the coarse box.
-        factor: fine cells per coarse cell along each axis, a power of two. Default 2.
+        factor: fine cells per coarse cell along each axis of more than one cell, a power of two. Default 2.
         geometry: the fine box, its solids and its inflow. Default: neither.
 
     Returns:
@@ -158,7 +162,7 @@ def prolong(
 
 def _doubled(flux: Tensor, grid: Grid) -> Tensor:
     """One doubling: the faces on coarse faces by slopes, those inside coarse cells by the local projection."""
-    above = operators.high_faces(flux, grid)
+    above, factors = operators.high_faces(flux, grid), _three(grid, 2)
     low, high = [], []
     for axis, n in enumerate(grid.shape):
         dim = axis - 3
@@ -167,13 +171,16 @@ def _doubled(flux: Tensor, grid: Grid) -> Tensor:
         low.append(planes.narrow(dim, 0, n))
         high.append(planes.narrow(dim, 1, n))
     # with the middle faces at the mean, both halves of a cell have half of what leaves it along that axis
-    x, y, z = (_twice((high[axis] - low[axis]) / 2, axis) for axis in range(3))
-    cells = rearrange(x + y + z, "... (x i) (y j) (z k) -> ... x y z (i j k)", i=2, j=2, k=2)
-    potential = rearrange(
-        cells @ _cell_poisson(grid).to(flux), "... x y z (i j k) -> ... (x i) (y j) (z k)", i=2, j=2, k=2
-    )
+    x, y, z = (((high[axis] - low[axis]) / f).repeat_interleave(f, axis - 3) for axis, f in enumerate(factors))
+    i, j, k = factors
+    cells = rearrange(x + y + z, "... (x i) (y j) (z k) -> ... x y z (i j k)", i=i, j=j, k=k)
+    potential = cells @ _cell_poisson(grid, factors).to(flux)
+    potential = rearrange(potential, "... x y z (i j k) -> ... (x i) (y j) (z k)", i=i, j=j, k=k)
     components = []
     for axis, (n, metric) in enumerate(zip(grid.shape, grid.conductances, strict=True)):
+        if factors[axis] == 1:
+            components.append(low[axis])
+            continue
         dim = axis - 3
         halves = potential.unflatten(dim, (n, 2))
         difference = halves.select(dim, 1) - halves.select(dim, 0)
@@ -183,8 +190,8 @@ def _doubled(flux: Tensor, grid: Grid) -> Tensor:
 
 
 def _shared(planes: Tensor, normal: int, grid: Grid) -> Tensor:
-    """A quarter of each flux for each of its four fine faces, and what linear slopes move between these."""
-    tangential = [axis for axis in range(3) if axis != normal]
+    """An equal share of each flux for each of its fine faces, four in 3D, and what linear slopes move between these."""
+    tangential = [axis for axis in range(3) if axis != normal and grid.shape[axis] > 1]
     fine = _twice(planes, *tangential)
     for axis in tangential:
         n = grid.shape[axis]
@@ -192,7 +199,7 @@ def _shared(planes: Tensor, normal: int, grid: Grid) -> Tensor:
         place = torch.tensor([-0.25, 0.25], dtype=planes.dtype, device=planes.device).repeat(n)
         place = place.reshape([2 * n if a == axis else 1 for a in range(3)])
         fine = fine + place * _twice(_slope(planes, axis, grid), *tangential)
-    return fine / 4
+    return fine / 2 ** len(tangential)
 
 
 def _slope(x: Tensor, axis: int, grid: Grid) -> Tensor:
@@ -211,20 +218,23 @@ def _twice(x: Tensor, *axes: int) -> Tensor:
     return x
 
 
-def _cell_poisson(grid: Grid) -> Float[Tensor, "8 8"]:
-    """Pseudo-inverse of div · metric · grad on 2 × 2 × 2 cells with a closed rim, from its eigenvectors (Haar)."""
-    haar = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
-    vectors = torch.kron(torch.kron(haar, haar), haar)
-    cx, cy, cz = grid.conductances
+def _cell_poisson(grid: Grid, factors: tuple[int, int, int]) -> Float[Tensor, "n n"]:
+    """Pseudo-inverse of div · metric · grad on the 2 × 2 × 2 cells of a coarse one with a closed rim, or on the 4 or 2
+    where it is one cell thick; from its eigenvectors (Haar).
+    """
+    haar = {1: torch.ones(1, 1, dtype=torch.float64), 2: torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)}
+    i, j, k = factors
+    vectors = torch.kron(torch.kron(haar[i], haar[j]), haar[k])
+    modes = itertools.product(*(range(f) for f in factors))
     values = torch.tensor(
-        [-2 * (cx * i + cy * j + cz * k) for i in (0, 1) for j in (0, 1) for k in (0, 1)], dtype=torch.float64
+        [-2 * sum(c * m for c, m in zip(grid.conductances, mode, strict=True)) for mode in modes], dtype=torch.float64
     )
     inverse = torch.where(values == 0, 0.0, 1 / values)
-    return vectors * inverse @ vectors / 8
+    return vectors * inverse @ vectors / math.prod(factors)
 
 
-def _three(factor: Factor) -> tuple[int, int, int]:
-    fx, fy, fz = factor if isinstance(factor, tuple) else (factor, factor, factor)
+def _three(grid: Grid, factor: Factor) -> tuple[int, int, int]:
+    fx, fy, fz = factor if isinstance(factor, tuple) else (factor if n > 1 else min(factor, 1) for n in grid.shape)
     if min(fx, fy, fz) < 1:
         raise ValueError(f"Expected a factor of at least 1 along each axis, got {factor}.")
     return fx, fy, fz
@@ -232,7 +242,7 @@ def _three(factor: Factor) -> tuple[int, int, int]:
 
 def _factors(grid: Grid, factor: Factor) -> tuple[int, int, int]:
     """The factor of each axis, checked against the grid."""
-    factors = _three(factor)
+    factors = _three(grid, factor)
     if any(n % f for n, f in zip(grid.shape, factors, strict=True)):
         raise ValueError(f"Expected a factor that divides the grid {grid.shape}, got {factor}.")
     return factors

@@ -1,5 +1,5 @@
 """Functions of the Laplacian of an empty box, applied in its eigenbasis: Fourier modes along periodic axes, sines and
-cosines along the others.
+cosines along the others. A periodic axis of one cell has no modes but the constant, and is left alone.
 
 The discrete second difference along one axis has the eigenvalues −4 sin²(θ_k / 2). Its eigenvectors depend on where the
 values sit (in the middle of cells, or on their corners) and on what the ends do:
@@ -52,13 +52,13 @@ class Separable:
         device: torch.device,
     ) -> None:
         eigenvalues = torch.zeros(1, 1, 1, dtype=torch.float64)
-        self.fourier = [axis - 3 for axis, pair in enumerate(ends) if pair[0] == "periodic"]
+        self.fourier = [axis - 3 for axis, pair in enumerate(ends) if pair[0] == "periodic" and grid.shape[axis] > 1]
         self.sizes = [grid.shape[dim] for dim in self.fourier]
         self.bases: list[tuple[int, Tensor]] = []
         for axis, (n, pair, weight) in enumerate(zip(grid.shape, ends, weights, strict=True)):
             if pair[0] == "periodic":
                 theta = 2 * math.pi * torch.arange(n, dtype=torch.float64) / n
-                if axis - 3 == self.fourier[-1]:
+                if axis - 3 in self.fourier[-1:]:
                     theta = theta[: n // 2 + 1]
             else:
                 theta, basis = _modes(n, pair, corners[axis])
@@ -69,18 +69,25 @@ class Separable:
         symbol = torch.where(zero, 0.0, function(torch.where(zero, 1.0, eigenvalues)))
         self.symbol = symbol.to(device, dtype)
 
-    def __call__(self, x: Float[Tensor, "*batch nx ny nz"]) -> Float[Tensor, "*batch nx ny nz"]:
-        """f(−Δ) x, to rounding, in the dtype of x under autocast too; self-adjoint."""
-        with torch.autocast(x.device.type, enabled=False):
-            return self._apply(x)
+    def __call__(
+        self, x: Float[Tensor, "*batch nx ny nz"], symbol: Tensor | None = None
+    ) -> Float[Tensor, "*batch nx ny nz"]:
+        """f(−Δ) x, to rounding, in the dtype of x under autocast too; self-adjoint.
 
-    def _apply(self, x: Tensor) -> Tensor:
+        Args:
+            symbol: multiplies the modes instead of f of their eigenvalues; of the shape of `self.symbol` behind batch
+                axes. For a function that changes from call to call, of the eigenvalues that f(λ) = λ has kept.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            return self._apply(x, self.symbol if symbol is None else symbol)
+
+    def _apply(self, x: Tensor, symbol: Tensor) -> Tensor:
         for dim, basis in self.bases:
             x = _along(x, dim, basis)
         if self.fourier:
-            x = torch.fft.irfftn(torch.fft.rfftn(x, dim=self.fourier) * self.symbol, s=self.sizes, dim=self.fourier)
+            x = torch.fft.irfftn(torch.fft.rfftn(x, dim=self.fourier) * symbol, s=self.sizes, dim=self.fourier)
         else:
-            x = x * self.symbol
+            x = x * symbol
         for dim, basis in self.bases:
             x = _along(x, dim, basis.T)
         return x

@@ -15,6 +15,7 @@ many numbers as the degrees l < lmax that its quadrature tells apart; what lies 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
@@ -58,6 +59,11 @@ class Sphere:
             raise ValueError(f"Expected a quadrature of {' | '.join(QUADRATURES)}, got {self.quadrature!r}.")
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(nlat, nlon)."""
+        return self.nlat, self.nlon
+
+    @property
     def lmax(self) -> int:
         """Number of degrees, l = 0 … lmax − 1: their products are integrated exactly, and m stays below Nyquist."""
         by_latitude = self.nlat if self.quadrature == "legendre-gauss" else (self.nlat + 1) // 2
@@ -77,6 +83,23 @@ class Sphere:
     def areas(self) -> Float[Tensor, "nlat 1"]:
         """Area that the quadrature gives each point [m²], FP64; they sum to 4πa²."""
         return (_latitudes(self)[1] * (2 * math.pi * self.radius**2 / self.nlon))[:, None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready description; `from_dict` reads it back."""
+        size = {"nlat": self.nlat, "nlon": self.nlon}
+        return {"kind": "sphere", **size, "radius": self.radius, "quadrature": self.quadrature}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Sphere:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            ValueError: a missing entry or an impossible sphere.
+        """
+        try:
+            return cls(int(data["nlat"]), int(data["nlon"]), float(data["radius"]), data["quadrature"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"Expected nlat, nlon, radius and quadrature of a sphere, got {dict(data)!r}.") from error
 
 
 class HelmholtzSplit(NamedTuple):

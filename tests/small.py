@@ -16,7 +16,7 @@ from latentphys.training import encode_store, load_autoencoder, train_autoencode
 
 SHAPE = (16, 16, 16)
 NUM_TRAJECTORIES, NUM_FRAMES = 4, 6
-FAMILIES = {"channel": OpenChannel(spin_up=0.01), "porous": Porous(spin_up=0.01)}
+FAMILIES = {"open_channel": OpenChannel(spin_up=0.01), "porous": Porous(spin_up=0.01)}
 
 MODEL = {
     "autoencoder": [

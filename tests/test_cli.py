@@ -13,6 +13,7 @@ from small import Road, arguments
 
 from latentphys.cli import main
 from latentphys.data import open_store
+from latentphys.info import describe
 
 VERBS = ("simulate", "train", "encode", "rollout", "validate", "render", "info", "demo")
 TINY = ["size=tiny", "grid.shape=[8,8,8]", "frames=2", "family.spin_up=0.0"]
@@ -69,7 +70,7 @@ def test_a_wrong_command_line_has_status_2(command: list[str], capsys: pytest.Ca
     assert "error: " in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("family", ["channel", "porous"])
+@pytest.mark.parametrize("family", ["open_channel", "porous"])
 def test_simulate(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "made.zarr"
     command = ["simulate", f"family={family}", *TINY, f"out={out}"]
@@ -144,9 +145,14 @@ def test_render(
 
 def test_info(road: Road, rolled: Path, capsys: pytest.CaptureFixture[str]) -> None:
     expected: dict[Path, dict[str, Any]] = {
-        road.fields["channel"]: {"kind": "fields", "family": "channel", "trajectories": 4, "grid": "16 × 16 × 16"},
+        road.fields["open_channel"]: {
+            "kind": "fields",
+            "family": "open_channel",
+            "trajectories": 4,
+            "grid": "16 × 16 × 16",
+        },
         road.latents["porous"]: {"kind": "latent", "grid": "4 × 4 × 4", "parameters": "none"},
-        rolled: {"kind": "rollout", "parameters": "force, viscosity"},
+        rolled: {"kind": "rollout", "layout": "face_flux", "exact": "net flux 0.0 claimed"},
         road.autoencoder: {"kind": "autoencoder", "step": 6, "compression of numbers": "24×", "latent channels": 8},
         road.dynamics: {"kind": "dynamics", "router": "SemanticTop1", "experts per layer": 4, "layers": 2},
     }
@@ -156,14 +162,23 @@ def test_info(road: Road, rolled: Path, capsys: pytest.CaptureFixture[str]) -> N
         described = json.loads(capsys.readouterr().out)
         assert lines.items() <= described.items()
         assert main(["info", str(path)]) == 0
-        assert len(capsys.readouterr().out.splitlines()) == len(described)
+        printed = capsys.readouterr().out
+        assert all(name in printed for name in described)
+    channel = describe(road.fields["open_channel"])
+    assert (
+        channel["fields"]["velocity"]["is"] == "flux [m3/s], solenoidal"
+        and len(channel["fields"]["velocity"]["std"]) == 3
+    )
+    assert channel["parameters"]["viscosity"] == "0.005556 … 0.005556 m2/s, one a trajectory"
+    assert channel["snapshots"] == "6, t = 0 … 0.06 s, every 0.012 s"
+    assert describe(road.fields["porous"])["solids"].startswith("voxels, 0.")
     # three of four routed experts of each layer, 3 · 32 · 32 numbers each, are idle
     assert described["parameters total"] - described["parameters active per token"] == 2 * 3 * 3 * 32 * 32
 
 
 def test_missing_and_foreign_stores(road: Road, refusal: Refusal, tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
-    other = Path(shutil.copytree(road.fields["channel"], tmp_path / "other.zarr"))
+    other = Path(shutil.copytree(road.fields["open_channel"], tmp_path / "other.zarr"))
     zarr.open_group(str(other), mode="r+").attrs["schema"] = "latentphys.store/9"
     out = tmp_path / "out"
     for store, message in (
@@ -185,7 +200,7 @@ def test_missing_and_foreign_stores(road: Road, refusal: Refusal, tmp_path: Path
 
 
 def test_wrong_checkpoints(road: Road, refusal: Refusal, tmp_path: Path) -> None:
-    field, out = road.fields["channel"], tmp_path / "out"
+    field, out = road.fields["open_channel"], tmp_path / "out"
     assert "kind 'autoencoder', got one of kind 'dynamics'" in refusal("encode", road.dynamics, field, out)
     assert "kind 'dynamics', got one of kind 'autoencoder'" in refusal("rollout", road.autoencoder, field, out)
     assert "which does not exist" in refusal("rollout", tmp_path / "none", field, out)
@@ -224,7 +239,7 @@ def test_wrong_data(road: Road, refusal: Refusal, tmp_path: Path) -> None:
 
 def test_wrong_options(road: Road, refusal: Refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert "Could not override 'familly'" in refusal("simulate", "familly=channel")
+    assert "Could not override 'familly'" in refusal("simulate", "familly=open_channel")
     assert "Could not find 'family/pipe'" in refusal("simulate", "family=pipe")
     assert "Expected a value for 'run', got none" in refusal("train", "autoencoder", "stores=[a.zarr]")
     assert "Expected a whole number for 'trajectories'" in refusal("simulate", "trajectories=all")

@@ -50,7 +50,7 @@ def test_foreign_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_a_station_that_fails_ends_the_road(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny = replace(demo.SIZES["tiny"], simulate={"channel": ["size=huge"]})
+    tiny = replace(demo.SIZES["tiny"], simulate={"open_channel": ["size=huge"]})
     monkeypatch.setitem(demo.SIZES, "tiny", tiny)
     assert main(["demo", "--size", "tiny", "--out", str(tmp_path / "demo")]) == 2
     errors = capsys.readouterr().err.splitlines()

@@ -29,7 +29,7 @@ def surrogate_in_solver(road: Road, capsys: pytest.CaptureFixture[str], unchecke
     return run
 
 
-@pytest.mark.parametrize(("family", "interval"), [("channel", 0.012), ("porous", 0.02)])
+@pytest.mark.parametrize(("family", "interval"), [("open_channel", 0.012), ("porous", 0.02)])
 def test_the_surrogate_takes_turns_with_the_solver(
     family: str, interval: float, surrogate_in_solver: Callable[..., Lines]
 ) -> None:

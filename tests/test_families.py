@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ from scipy.spatial import cKDTree
 
 from latentphys import operators
 from latentphys.data import open_store
-from latentphys.families import Family, OpenChannel, Porous, simulate
-from latentphys.families.channel import reichardt
+from latentphys.families import Family, Fields, NavierStokes, OpenChannel, Porous, simulate
+from latentphys.families.open_channel import reichardt
 from latentphys.families.porous import sphere_pack
 from latentphys.grid import Geometry, Grid
 
@@ -85,12 +86,13 @@ FAMILIES = [OpenChannel(reynolds=(150.0, 210.0), spin_up=0.01), Porous(spin_up=0
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_trajectory_depends_on_the_seed_and_its_index_alone(family: Family) -> None:
     grid = family.grid((8, 8, 8))
+    assert isinstance(grid, Grid)
 
     def drawn(seed: int, trajectory: int) -> list[np.ndarray]:
         parameters = family.draw(seed, trajectory)
         solid = family.solid(grid, parameters, seed, trajectory)
         geometry = Geometry(grid, None if solid is None else torch.from_numpy(solid))
-        first = family.initial(geometry, parameters, seed, trajectory).numpy()
+        first = family.initial(geometry, parameters, seed, trajectory)["velocity"].numpy()
         return [*(np.asarray(p) for p in parameters.values()), geometry.fluid.numpy(), first]
 
     same = zip(drawn(5, 2), drawn(5, 2), strict=True)
@@ -102,9 +104,10 @@ def test_a_trajectory_depends_on_the_seed_and_its_index_alone(family: Family) ->
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_first_state_is_an_admissible_flow_of_the_family(family: Family) -> None:
     grid, parameters = family.grid((8, 10, 12)), family.draw(0, 0)
+    assert isinstance(grid, Grid)
     solid = family.solid(grid, parameters, 0, 0)
     geometry = Geometry(grid, None if solid is None else torch.from_numpy(solid))
-    flux = family.initial(geometry, parameters, 0, 0)
+    flux = family.initial(geometry, parameters, 0, 0)["velocity"]
     u = operators.velocity(flux, grid)
     assert float(operators.div(flux, grid).abs().amax()) < 1e-9 * float(flux.abs().amax())
     assert bool((flux[~geometry.open_faces] == 0.0).all())
@@ -165,6 +168,71 @@ def test_a_data_set_is_exact_reproducible_and_says_where_it_comes_from(family: F
         ValueError, match=r"Expected a new path, got .*, which exists; choose another name or overwrite"
     ):
         made("a", 2)
+
+
+def test_a_data_set_does_not_depend_on_who_made_it(tmp_path: Path) -> None:
+    """Two processes write what one does, bit for bit."""
+    settings: dict[str, Any] = {"shape": (6, 6, 6), "num_trajectories": 3, "num_frames": 3, "batch_size": 1}
+    done: list[int] = []
+    alone = open_store(simulate(Porous(spin_up=0.01), tmp_path / "alone", **settings))
+    shared = simulate(Porous(spin_up=0.01), tmp_path / "shared", workers=2, progress=done.append, **settings)
+    assert sum(done) == 9
+    assert open_store(shared).attributes["checksums"] == alone.attributes["checksums"]
+    assert open_store(shared).attributes["statistics"] == alone.attributes["statistics"]
+    with pytest.raises(ValueError, match="at least one worker, or the address of a dask cluster, got 0"):
+        simulate(Porous(), tmp_path / "none", workers=0, **settings)
+
+
+class Unlucky(Porous):
+    """Fails in another process."""
+
+    def initial(self, *arguments: Any) -> Fields:
+        raise FloatingPointError("Expected a finite flow, got none.")
+
+
+def test_what_fails_in_a_worker_is_said_and_leaves_nothing(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"shape": (6, 6, 6), "num_trajectories": 2, "num_frames": 3, "batch_size": 1}
+    with pytest.raises(FloatingPointError, match="Expected a finite flow, got none"):
+        simulate(Unlucky(), tmp_path / "a", workers=2, **settings)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("after", [3, 7, 9])
+def test_an_interrupted_data_set_goes_on_to_the_last_bit(
+    family: Family, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two snapshots a shard: the run goes on from the state at the end of the last whole shard."""
+    monkeypatch.setattr("latentphys.data.plan.SHARD_BYTES", 2 * 3 * 6**3 * 8)
+    settings: dict[str, Any] = {"shape": (6, 6, 6), "num_trajectories": 2, "num_frames": 6, "batch_size": 2}
+    whole = open_store(simulate(family, tmp_path / "whole", **settings))
+    counts: list[int] = []
+
+    def stop(num_frames: int) -> None:
+        counts.append(num_frames)
+        if sum(counts) >= after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate(family, tmp_path / "a", resume=True, progress=stop, **settings)
+    assert not (tmp_path / "a").exists() and (tmp_path / ".a.partial").is_dir()
+    with pytest.raises(ValueError, match=r"delete that folder to begin anew"):
+        simulate(family, tmp_path / "a", resume=True, seed=1, **settings)
+    calls: list[float] = []
+    advance = NavierStokes.advance
+
+    def counted(solver: NavierStokes, fields: Fields, time: float, duration: float) -> Fields:
+        calls.append(time)
+        return advance(solver, fields, time, duration)
+
+    monkeypatch.setattr(NavierStokes, "advance", counted)
+    again: list[int] = []
+    store = open_store(simulate(family, tmp_path / "a", resume=True, progress=again.append, **settings))
+    kept = after // 2 // 2 * 2
+    assert again[0] == 2 * kept and sum(again) == 12 and len(calls) == (6 - kept if kept else 6)
+    assert store.attributes["checksums"] == whole.attributes["checksums"]
+    assert store.attributes["statistics"] == whole.attributes["statistics"]
+    assert not (tmp_path / ".a.partial").exists()
 
 
 def test_a_data_set_of_nothing_is_refused(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ N: Pair = ("no_slip", "no_slip")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"shape": (4, 4)}, r"Expected a shape of three axes with at least 2 cells each, got \(4, 4\)"),
-        ({"shape": (4, 1, 4)}, r"at least 2 cells each, got \(4, 1, 4\)"),
+        ({"shape": (4, 4)}, r"Expected a shape of three axes, got \(4, 4\)"),
+        ({"shape": (4, 1, 4), "boundaries": (P, N, P)}, r"at least 2 cells along each axis, or 1 along a periodic one"),
         ({"spacing": (1.0, 1.0)}, r"Expected three positive, finite spacings \[m\], got \(1.0, 1.0\)"),
         ({"spacing": (1.0, 0.0, 1.0)}, "positive, finite spacings"),
         ({"spacing": (1.0, math.nan, 1.0)}, "positive, finite spacings"),

@@ -18,7 +18,7 @@ from latentphys.training import load_dynamics
 from latentphys.transformer.conditioning import latent_geometry, store_parameters
 
 STEPS, START, TRAJECTORIES = 3, 1, [3, 1]
-FAMILIES = ("channel", "porous")
+FAMILIES = ("open_channel", "porous")
 
 
 def roll(road: Road, out: Path, family: str = "porous", reference: Store | None = None, **options: object) -> Store:
@@ -95,7 +95,7 @@ def test_the_second_frame_is_one_step_of_the_model(road: Road, rollouts: dict[st
 
     assert torch.equal(rollouts[family].read("velocity", 0, 1), stepper.decode(step(now, then))[0])
     # the force of a channel is constant, so there the order does not matter
-    assert torch.equal(step(then, now), step(now, then)) == (family == "channel")
+    assert torch.equal(step(then, now), step(now, then)) == (family == "open_channel")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -199,8 +199,8 @@ def test_a_failed_rollout_leaves_nothing(road: Road, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Expected a finite flux, got .* NaN or infinite values"):
         roll(road, tmp_path / "out", reference=open_store(reference))
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
-    with pytest.raises(ValueError, match=r"a family of \['channel', 'porous'\], got 'pipe'"):
+    with pytest.raises(ValueError, match=r"a family of \['open_channel', 'porous'\], got 'pipe'"):
         dynamics, autoencoder = load_dynamics(road.dynamics)
         LatentStepper(autoencoder, dynamics, open_store(reference).geometry(0), "pipe")
-    with pytest.raises(ValueError, match=r"a family of \['channel', 'porous'\], got 'pipe'"):
+    with pytest.raises(ValueError, match=r"a family of \['open_channel', 'porous'\], got 'pipe'"):
         dynamics.interval("pipe")

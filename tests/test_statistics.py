@@ -1,15 +1,24 @@
 """Running statistics against two-pass NumPy in FP64."""
 
+import json
+import math
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import zarr
 
-from latentphys.data import RunningStatistics, create_store, homogeneous_axes, open_store
+from latentphys.data import RunningStatistics, Store, compute_statistics, create_store, homogeneous_axes, open_store
+from latentphys.data.statistics import ARRAYS
 from latentphys.fields import VELOCITY, FieldSpec
 from latentphys.grid import Geometry, Grid
 from latentphys.operators import flux_of, velocity
+from latentphys.sphere import Sphere
 
 CHANNEL = Grid((6, 4, 5), (0.5, 0.25, 0.1), (("periodic",) * 2, ("periodic",) * 2, ("no_slip", "free_slip")))
 BOX = Grid((6, 4, 5), (0.5, 0.25, 0.1))
@@ -150,6 +159,179 @@ def test_a_store_carries_the_statistics_of_what_it_holds(tmp_path: Path) -> None
     stored = torch.stack([store.read("velocity", i, slice(None)) for i in range(2)]).double().numpy()
     np.testing.assert_allclose(got["profile"], stored.mean((0, 1, 3, 4), keepdims=True)[0, 0], rtol=1e-12)
     np.testing.assert_allclose(got["std"], stored.std((0, 1, 3, 4, 5)), rtol=1e-12)
+
+
+WIND = FieldSpec("wind", "vector", "m/s")
+
+
+@pytest.mark.parametrize("quadrature", ["legendre-gauss", "equiangular"])
+def test_moments_on_a_sphere_are_those_of_its_surface(quadrature: str) -> None:
+    """u_φ = a + b cos θ + c sin θ cos φ: mean a, variance b²/3 + c²/3, profile a + b cos θ, RMS about it c²/3."""
+    sphere = Sphere(12, 24, 2.0, quadrature)  # type: ignore[arg-type]
+    theta, phi = sphere.colatitudes.numpy()[:, None], sphere.longitudes.numpy()
+    a, b, c = 3.0, 2.0, 0.5
+    east = a + b * np.cos(theta) + c * np.sin(theta) * np.cos(phi)
+    running = RunningStatistics(WIND, sphere)
+    running.update(np.stack([np.zeros_like(east), east]))
+    got = running.summary()
+    assert homogeneous_axes(sphere, False) == (1,) and got["count"] == 12 * 24
+    np.testing.assert_allclose(got["mean"], [0.0, a], atol=1e-13)
+    np.testing.assert_allclose(got["std"], [0.0, math.sqrt((b**2 + c**2) / 3)], atol=1e-13)
+    assert np.shape(got["profile"]) == (2, 12, 1)
+    np.testing.assert_allclose(np.array(got["profile"])[1], a + b * np.cos(theta), rtol=1e-13)
+    assert got["fluctuation_std"] == pytest.approx(c / math.sqrt(6), rel=1e-12)
+    with pytest.raises(ValueError, match=r"'wind' of shape \(…, 2, 12, 24\), got \(3, 12, 24\)"):
+        running.update(np.zeros((3, 12, 24)))
+
+
+def test_a_scalar_on_a_sphere_is_weighted_by_area() -> None:
+    sphere = Sphere(9, 18, quadrature="equiangular")
+    running = RunningStatistics(FieldSpec("depth", "scalar", "m"), sphere)
+    depth = np.broadcast_to(np.cos(sphere.colatitudes.numpy())[:, None] ** 2, (9, 18))
+    running.update(depth)
+    assert running.summary()["mean"] == pytest.approx([1 / 3], rel=1e-12) and depth.mean() > 0.36
+
+
+@pytest.mark.parametrize(
+    ("spec", "domain", "shape", "solids"),
+    [
+        (VELOCITY, CHANNEL, (3, 6, 4, 5), False),
+        (VELOCITY, BOX, (3, 6, 4, 5), True),
+        (SCALAR, CLOSED, (6, 4, 5), False),
+        (WIND, Sphere(6, 12), (2, 6, 12), False),
+    ],
+)
+def test_a_state_through_json_goes_on_bit_for_bit(spec: FieldSpec, domain: Any, shape: tuple, solids: bool) -> None:
+    values = np.random.default_rng(0).standard_normal((6, *shape)) * 1e-3 + 1 / 3
+    whole, first = (RunningStatistics(spec, domain, solids) for _ in range(2))
+    for running in (whole, first):
+        empty = RunningStatistics.from_state(json.loads(json.dumps(running.state())), spec, domain, solids)
+        assert empty.state() == running.state()
+        running.update(values[:3])
+    text = json.dumps(first.state(), allow_nan=False)
+    resumed = RunningStatistics.from_state(json.loads(text), spec, domain, solids)
+    resumed.update(values[3:])
+    whole.update(values[3:])
+    assert resumed.state() == whole.state() and resumed.summary() == whole.summary()
+    assert RunningStatistics.from_state(json.loads(text), spec, domain, solids).state() == first.state()
+
+
+def test_a_state_of_something_else_is_refused() -> None:
+    running = RunningStatistics(VELOCITY, CHANNEL)
+    running.update(flow())
+    state = running.state()
+    assert set(state) == {"count", *ARRAYS}
+    for wrong in ({**state, "mean": "AAAA"}, {**state, "m2": None}, {"count": 3}, {**state, "min": "%"}):
+        with pytest.raises(ValueError, match="Expected the state of statistics of 'velocity' on Grid.*, got another"):
+            RunningStatistics.from_state(wrong, VELOCITY, CHANNEL)
+    with pytest.raises(ValueError, match="Expected the state of statistics"):
+        RunningStatistics.from_state(state, VELOCITY, DUCT)
+
+
+def test_a_constant_field_has_no_spread() -> None:
+    for value in (0.1, 1 / 3, 1e9 + 0.1):
+        running = RunningStatistics(VELOCITY, BOX)
+        running.update(np.full((3, 3, 6, 4, 5), value))
+        got = running.summary()
+        assert max(*got["std"], got["fluctuation_std"]) < 1e-13 * value
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Two fields in a box with different solids in each of five trajectories, in shards of two snapshots."""
+    path = tmp_path_factory.mktemp("stored") / "a.zarr"
+    rng = np.random.default_rng(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("latentphys.data.plan.SHARD_BYTES", 2 * 4 * 120 * 8)
+        with create_store(
+            path,
+            grid=BOX,
+            specs={"velocity": VELOCITY, "pressure": SCALAR},
+            family="grains",
+            num_trajectories=5,
+            times=range(5),
+            solid=torch.from_numpy(rng.random((5, *BOX.shape)) < 0.3),
+        ) as out:
+            for i in range(5):
+                out.write("velocity", i, slice(None), rng.standard_normal((5, 3, *BOX.shape)) + i)
+                out.write("pressure", i, slice(None), rng.standard_normal((5, *BOX.shape)) - i)
+    return open_store(path)
+
+
+@pytest.mark.parametrize("chosen", [None, [3, 0], [4]])
+def test_a_store_and_parts_of_it_agree_with_numpy(stored: Store, chosen: list[int] | None) -> None:
+    seen: list[int] = []
+    got = compute_statistics(stored, chosen, progress=seen.append)
+    some = list(range(5)) if chosen is None else chosen
+    assert stored.array("velocity").shards[1] == 2 and sum(seen) == 2 * 5 * len(some)
+    for name, axes in (("velocity", (0, 1, 3, 4, 5)), ("pressure", (0, 1, 2, 3, 4))):
+        values = np.stack([stored.read(name, i, slice(None)).numpy() for i in some])
+        np.testing.assert_allclose(got[name]["mean"], np.atleast_1d(values.mean(axes)), rtol=1e-12)
+        np.testing.assert_allclose(got[name]["std"], np.atleast_1d(values.std(axes)), rtol=1e-12)
+        assert got[name]["min"] == np.atleast_1d(values.min(axes)).tolist()
+        assert got[name]["count"] == values.size // len(got[name]["mean"])
+    u = [velocity(stored.read("velocity", i, slice(None)), BOX) for i in some]
+    open_ = torch.cat([v[:, stored.geometry(i).open_faces].flatten() for i, v in zip(some, u, strict=True)])
+    assert got["velocity"]["fluctuation_std"] == pytest.approx(float(open_.square().mean().sqrt()), rel=1e-12)
+    if chosen is None:
+        theirs = stored.statistics()["velocity"]["fluctuation_std"]
+        assert got["velocity"]["fluctuation_std"] == pytest.approx(theirs, rel=1e-12)
+
+
+def test_neither_workers_nor_scheduler_change_a_bit(stored: Store) -> None:
+    expected = json.dumps(compute_statistics(stored, [4, 1, 2], num_workers=1))
+    for workers in (2, 3, 5):
+        assert json.dumps(compute_statistics(stored, [4, 1, 2], num_workers=workers)) == expected
+    assert json.dumps(compute_statistics(stored, [4, 1, 2], "processes", num_workers=2)) == expected
+    assert json.dumps(compute_statistics(stored, [1, 2, 4])) != expected  # the order does: it is part of the result
+
+
+def test_what_cannot_be_measured_is_refused(stored: Store, tmp_path: Path) -> None:
+    for wrong in ([5], [], [1, 1], [-1]):
+        with pytest.raises(ValueError, match="Expected different trajectories from 0 to 4"):
+            compute_statistics(stored, wrong)
+    with pytest.raises(ValueError, match=r"fields among \['pressure', 'velocity'\] of .*, got \['u'\]"):
+        compute_statistics(stored, fields=["u"])
+    with pytest.raises(ValueError, match=r"a scheduler of threads \| processes \| tcp://…, got 'cluster'"):
+        compute_statistics(stored, scheduler="cluster")
+    copy = tmp_path / "copy.zarr"
+    shutil.copytree(stored.path, copy)
+    zarr.open_array(copy / "pressure", mode="r+")[2, 3, 1, 1, 1] = np.inf
+    with pytest.raises(ValueError, match="finite numbers of 'pressure' .* at trajectory 2, time 3"):
+        compute_statistics(open_store(copy))
+    compute_statistics(open_store(copy), [0, 1, 3, 4])
+
+
+LIMITED = """
+import re, resource, sys
+from pathlib import Path
+from latentphys.data import compute_statistics, open_store
+
+store = open_store(sys.argv[1])
+compute_statistics(store, [0], num_workers=1)
+used = 1024 * int(re.search(r"VmData:\\s*(\\d+)", Path("/proc/self/status").read_text()).group(1))
+resource.setrlimit(resource.RLIMIT_DATA, (used + int(sys.argv[2]), resource.RLIM_INFINITY))
+print(compute_statistics(store, num_workers=1)["velocity"]["count"])
+try:
+    bytearray(3 * int(sys.argv[2]))
+except MemoryError:
+    print("limited")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit on data segments is Linux's")
+def test_a_store_larger_than_memory_is_measured(tmp_path: Path) -> None:
+    """48 MB of fluxes with 24 MB to allocate; the limit is shown to hold."""
+    grid = Grid((32, 32, 32), (1.0, 1.0, 1.0))
+    with create_store(
+        tmp_path / "a.zarr", grid=grid, specs={"velocity": VELOCITY}, family="a", num_trajectories=4, times=range(16)
+    ) as out:
+        for i in range(4):
+            out.write("velocity", i, slice(None), np.full((16, 3, 32, 32, 32), float(i)))
+    command = [sys.executable, "-c", LIMITED, str(tmp_path / "a.zarr"), str(24 * 2**20)]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.split() == [str(64 * 32**3), "limited"]
 
 
 def test_misuse_is_refused() -> None:

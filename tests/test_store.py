@@ -14,9 +14,10 @@ import pytest
 import torch
 import zarr
 
-from latentphys.data import SCHEMA, Store, create_store, open_store, writer
+from latentphys.data import SCHEMA, Store, StoreWriter, create_store, open_store, plan
 from latentphys.fields import VELOCITY, FieldSpec
 from latentphys.grid import Boundaries, Grid
+from latentphys.sphere import Sphere
 
 CHANNEL: Boundaries = (("periodic", "periodic"), ("periodic", "periodic"), ("no_slip", "free_slip"))
 GRID = Grid((6, 4, 5), (0.5, 0.25, 0.1), CHANNEL)
@@ -25,7 +26,7 @@ SPECS = {"velocity": VELOCITY, "pressure": PRESSURE}
 TIMES = [0.0, 0.1, 0.3, 0.7]
 
 
-def make(path: Path, **changes: object) -> writer.StoreWriter:
+def make(path: Path, **changes: object) -> StoreWriter:
     """A prepared store of two trajectories of four snapshots."""
     settings = {"grid": GRID, "specs": SPECS, "family": "channel", "num_trajectories": 2, "times": TIMES, **changes}
     return create_store(path, **settings)  # type: ignore[arg-type]
@@ -43,7 +44,7 @@ def dimensions(store: Store, name: str) -> tuple[str, ...]:
     return metadata.dimension_names
 
 
-def fill(store: writer.StoreWriter, fields: dict[str, torch.Tensor]) -> None:
+def fill(store: StoreWriter, fields: dict[str, torch.Tensor]) -> None:
     for name, values in fields.items():
         for trajectory, of_trajectory in enumerate(values):
             store.write(name, trajectory, slice(None), of_trajectory)
@@ -92,6 +93,42 @@ def test_state_has_the_time_geometry_and_parameters_of_its_snapshot(path: Path) 
     assert store.geometry(0).is_empty and store[0, 0].geometry.is_empty
 
 
+SPHERE = Sphere(5, 8, radius=3.0)
+WIND = FieldSpec("wind", "vector", "m/s")
+HEIGHT = FieldSpec("height", "scalar", "m")
+
+
+def test_a_store_on_a_sphere_round_trips(tmp_path: Path) -> None:
+    import xarray
+
+    fields = data(wind=(2, 5, 8), height=(5, 8))
+    with make(tmp_path / "s", grid=SPHERE, specs={"wind": WIND, "height": HEIGHT}) as out:
+        fill(out, fields)
+    store = open_store(tmp_path / "s")
+    store.verify()
+    assert store.domain == SPHERE and "5×8" in repr(store)
+    assert torch.equal(store.read("wind", 1, slice(None)), fields["wind"][1])
+    state = store[1, 2]
+    assert state.domain == SPHERE and torch.equal(state.fields["height"], fields["height"][1, 2])
+    with pytest.raises(ValueError, match="Expected a store in a box, got .* on Sphere"):
+        _ = store.grid
+    with xarray.open_zarr(tmp_path / "s", consolidated=False) as dataset:
+        assert dataset["wind"].dims == ("trajectory", "time", "axis", "colatitude", "longitude")
+        assert dataset["height"].dims == ("trajectory", "time", "colatitude", "longitude")
+        assert dataset["colatitude"].attrs["units"] == dataset["longitude"].attrs["units"] == "rad"
+        np.testing.assert_allclose(dataset["longitude"], np.arange(8) * np.pi / 4)
+        assert np.array_equal(dataset["colatitude"], SPHERE.colatitudes) and (dataset["colatitude"][0] < 0.5).all()
+        assert np.array_equal(dataset["wind"][1, 3], fields["wind"][1, 3])
+
+
+def test_statistics_on_a_sphere_are_weighted_by_area(tmp_path: Path) -> None:
+    fields = data(height=(5, 8))
+    with make(tmp_path / "s", grid=SPHERE, specs={"height": HEIGHT}) as out:
+        fill(out, fields)
+    expected = (fields["height"] * SPHERE.areas).sum((-2, -1)).mean() / (4 * np.pi * 9)
+    np.testing.assert_allclose(open_store(tmp_path / "s").statistics()["height"]["mean"], [expected], rtol=1e-12)
+
+
 def test_group_attributes_say_where_the_data_come_from(path: Path) -> None:
     attributes = open_store(path).attributes
     assert (attributes["schema"], attributes["kind"], attributes["layout"]) == (SCHEMA, "fields", "face_flux")
@@ -117,7 +154,7 @@ def test_xarray_reads_named_dimensions_and_coordinates_without_this_library(path
 def test_snapshots_come_in_any_order_and_shards_are_written_once(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "SHARD_BYTES", 2 * 3 * 120 * 8)
+    monkeypatch.setattr(plan, "SHARD_BYTES", 2 * 3 * 120 * 8)
     fields, set_item = data(), zarr.Array.__setitem__
     writes: list[tuple[int, slice]] = []
 
@@ -140,7 +177,7 @@ def test_snapshots_come_in_any_order_and_shards_are_written_once(
 
 
 def test_uneven_last_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "SHARD_BYTES", 3 * 120 * 8)
+    monkeypatch.setattr(plan, "SHARD_BYTES", 3 * 120 * 8)
     values = torch.randn(5, 6, 4, 5, dtype=torch.float64)
     with make(tmp_path / "a", specs={"pressure": PRESSURE}, num_trajectories=1, times=range(5)) as out:
         out.write("pressure", 0, slice(None), values)
@@ -183,7 +220,7 @@ def test_bfloat16_and_float32_values_are_widened(tmp_path: Path) -> None:
 
 
 def test_missing_snapshots_are_named_and_nothing_is_left(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"all 8 snapshots of 'pressure'.*got 1;.*missing is trajectory 0, time 0"):  # noqa: SIM117
+    with pytest.raises(ValueError, match=r"all 2 traj.*got 0 complete.*missing is 'pressure' at trajectory 0, time 0"):  # noqa: SIM117
         with make(tmp_path / "a") as out:
             fill(out, {"velocity": data()["velocity"]})
             out.write("pressure", 1, 0, data()["pressure"][1, 0])
@@ -274,6 +311,11 @@ def test_a_snapshot_is_written_once(tmp_path: Path) -> None:
             {"solid": np.zeros((6, 4, 5), dtype=bool)},
             r"solid voxels of shape \(2, 6, 4, 5\), got torch.bool \(6, 4, 5\)",
         ),
+        ({"grid": SPHERE}, "scalar or vector on a sphere, got the flux 'velocity'"),
+        (
+            {"grid": SPHERE, "specs": {"height": HEIGHT}, "solid": np.zeros((2, 5, 8), dtype=bool)},
+            "no solid voxels on a sphere",
+        ),
         ({"solid": np.zeros((2, 6, 4, 5))}, r"boolean solid voxels .* got torch.float64"),
         ({"extras": {"e": ((2, 4, 1), "int16", ("trajectory", "time"))}}, "extra array 'e' with dimensions"),
         ({"extras": {"velocity": ((2, 4), "int16", ("trajectory", "time"))}}, "name of its own, got 'velocity'"),
@@ -316,6 +358,7 @@ def edit(path: Path, change: dict) -> None:
         ({"specs": {"b": {"name": "b", "kind": "flux", "unit": "T m2"}}}, "Expected an array 'b' in .*'velocity'"),
         ({"num_trajectories": 3}, r"array 'velocity' of shape \(3, 4, 3, 6, 4, 5\) .* got \(2, 4, 3, 6, 4, 5\)"),
         ({"specs": {"pressure": {"name": "pressure", "kind": "flux", "unit": "Pa"}}}, r"'pressure' of shape .*, got"),
+        ({"grid": SPHERE.to_dict()}, "scalar or vector on a sphere, got the flux 'velocity'"),
         ({"grid": {"shape": [6, 4]}}, "Expected a grid with shape, spacing and boundaries"),
     ],
 )
@@ -372,7 +415,8 @@ def test_verify_finds_truncated_and_lost_shards(path: Path, damage: str) -> None
 
 def test_a_lost_shard_does_not_read_as_fluid_at_rest(path: Path) -> None:
     shard(path, "velocity", 0).unlink()
-    assert open_store(path).read("velocity", 0, 0).isnan().all()
+    with pytest.raises(ValueError, match="Expected a shard .*, got none or an empty one; make or copy it again"):
+        open_store(path).read("velocity", 0, 0)
 
 
 def test_verify_finds_changed_parameters(path: Path) -> None:

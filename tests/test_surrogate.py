@@ -21,7 +21,7 @@ from latentphys.surrogate import Surrogate
 from latentphys.training import load_dynamics
 from latentphys.transformer.conditioning import store_parameters
 
-FAMILIES = ("channel", "porous")
+FAMILIES = ("open_channel", "porous")
 WALLS: Boundaries = (PERIODIC[0], PERIODIC[1], ("no_slip", "no_slip"))
 
 
@@ -83,7 +83,7 @@ def test_restoring_repeats_the_same_bits(road: Road, surrogate: Surrogate) -> No
     repeated = surrogate.step(surrogate.restore(token), num_steps=3)
     state = surrogate.step(surrogate.step(surrogate.restore(token)), num_steps=2)
     assert torch.equal(state.velocity, repeated.velocity) and state.velocity.abs().max() > 0
-    surrogate.init(first(road, "channel"))
+    surrogate.init(first(road, "open_channel"))
     assert surrogate.restore(token).family == "porous"
 
 
@@ -143,11 +143,12 @@ def test_parameters_are_asked_for_at_both_ends_of_every_step(road: Road, surroga
 def test_mass_is_exact_in_turns_with_a_solver(road: Road, surrogate: Surrogate, family: str) -> None:
     """Solver, surrogate, solver, …: what the surrogate returns balances bit for bit, whatever the solver hands it."""
     start = first(road, family)
-    solver = NavierStokes(start.geometry, start.parameters["viscosity"])
     force = torch.as_tensor(start.parameters["force"])
+    solver = NavierStokes(start.geometry, start.parameters["viscosity"], lambda t: force)
     state, dt = surrogate.init(start), surrogate.families[family] / 8
     for _ in range(2):
-        advanced = solver.advance(state.velocity[None].float(), lambda t: force, state.time, dt)[0]
+        fields = solver.working({"velocity": state.velocity[None]})
+        advanced = solver.advance(fields, state.time, dt)["velocity"][0]
         assert not is_conservative(advanced.double(), state.geometry)
         state = surrogate.step(state.with_fields(time=state.time + dt, velocity=advanced))
         assert state.velocity.dtype == torch.float64
@@ -162,9 +163,9 @@ def test_calls_out_of_order_are_refused(road: Road, surrogate: Surrogate) -> Non
             call()
     with pytest.raises(ValueError, match="a geometry and a family beside a bare flux"):
         surrogate.init(state.velocity)
-    with pytest.raises(ValueError, match=r"a state of a family among \['channel', 'porous'\], got one without"):
+    with pytest.raises(ValueError, match=r"a state of a family among \['open_channel', 'porous'\], got one without"):
         surrogate.init(replace(state, family=None))
-    with pytest.raises(ValueError, match=r"a family of \['channel', 'porous'\], got 'pipe'"):
+    with pytest.raises(ValueError, match=r"a family of \['open_channel', 'porous'\], got 'pipe'"):
         surrogate.init(replace(state, family="pipe"))
     surrogate.init(state)
     with pytest.raises(ValueError, match="num_steps ≥ 1, got 0"):
@@ -191,8 +192,8 @@ def test_another_box_is_refused(road: Road, surrogate: Surrogate) -> None:
     state = surrogate.init(first(road))
     with pytest.raises(ValueError, match="the geometry given to init, got another one; call init again"):
         surrogate.step(first(road, trajectory=2))
-    with pytest.raises(ValueError, match="the family given to init, 'porous', got 'channel'"):
-        surrogate.step(replace(state, family="channel"))
+    with pytest.raises(ValueError, match="the family given to init, 'porous', got 'open_channel'"):
+        surrogate.step(replace(state, family="open_channel"))
     same = Geometry(state.grid, ~state.geometry.fluid)
     surrogate.step(replace(state, geometry=same))
     spacing = state.grid.spacing

@@ -76,7 +76,7 @@ def test_the_log_has_losses_and_held_out_figures(road: Road) -> None:
     for kind, figure in (("autoencoder", "vrmse"), ("dynamics", "latent_mse")):
         lines = log(road.autoencoder.parent / kind)
         assert [line["step"] for line in lines] == [2, 3, 4, 6, 6]
-        tests = [line for line in lines if f"test/channel/{figure}" in line]
+        tests = [line for line in lines if f"test/open_channel/{figure}" in line]
         assert [line["step"] for line in tests] == [3, 6]
         assert all(math.isfinite(value) for line in lines for value in line.values())
 
@@ -182,7 +182,7 @@ def test_nothing_is_pickled() -> None:
 def test_stores_that_cannot_be_trained_on_are_refused(road: Road, tmp_path: Path) -> None:
     fields, latents, run = road.inputs("autoencoder"), road.inputs("dynamics"), tmp_path / "run"
     for kind, paths in (("autoencoder", fields), ("dynamics", latents)):
-        with pytest.raises(ValueError, match="one store per family, got 2 of 'channel'"):
+        with pytest.raises(ValueError, match="one store per family, got 2 of 'open_channel'"):
             train(kind, [paths[0], paths[1], paths[0]], run)
         with pytest.raises(ValueError, match="Expected a store at .*nowhere.zarr, got nothing there"):
             train(kind, [paths[0], tmp_path / "nowhere.zarr"], run)
@@ -205,7 +205,7 @@ def test_stores_that_cannot_be_trained_on_are_refused(road: Road, tmp_path: Path
 
 
 def test_velocities_in_cells_are_not_taken_for_fluxes(road: Road, tmp_path: Path) -> None:
-    cells = relayout(road.store("channel"), tmp_path / "cells.zarr", "cell_centred")
+    cells = relayout(road.store("open_channel"), tmp_path / "cells.zarr", "cell_centred")
     with pytest.raises(ValueError, match=r"Expected face fluxes of the velocity in .*, got a vector in cells"):
         train("autoencoder", [cells], tmp_path / "run")
 
@@ -217,11 +217,11 @@ def test_latents_of_two_autoencoders_are_refused(road: Road, tmp_path: Path) -> 
     )
     assert open_store(path).attributes["checkpoint"] == str(other.resolve())
     with pytest.raises(ValueError, match="latents of one autoencoder, got those of .*step-00000[16], .*step-00000[16]"):
-        train("dynamics", [road.latents["channel"], path], tmp_path / "run")
+        train("dynamics", [road.latents["open_channel"], path], tmp_path / "run")
 
 
 def test_latents_of_fields_that_have_changed_are_refused(road: Road, tmp_path: Path) -> None:
-    latent = copied(road.latents["channel"], tmp_path)
+    latent = copied(road.latents["open_channel"], tmp_path)
     zarr.open_group(str(latent), mode="r+").attrs["source"] = str(road.fields["porous"])
     with pytest.raises(ValueError, match="to hold the latents of .*porous.zarr, got others; encode it again"):
         train("dynamics", [latent], tmp_path / "run")
@@ -236,7 +236,7 @@ def test_nan_in_the_data_stops_the_training_and_keeps_the_checkpoint(road: Road,
     array[0, 1] = math.nan
     # Principal components and scales are measured before the first step; they must not hide where the NaN is.
     with pytest.raises(
-        (FloatingPointError, ValueError), match=r"store 0, trajectories \[0\]|fluxes of family 'channel', got NaN"
+        (FloatingPointError, ValueError), match=r"store 0, trajectories \[0\]|fluxes of family 'open_channel', got NaN"
     ):
         train(kind, [store], run, *settings, "trainer.num_steps=40")
     kept = load_file(open_checkpoint(run).path / "model.safetensors")

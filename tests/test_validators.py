@@ -11,8 +11,9 @@ from torch import Tensor
 
 from latentphys import exact, operators
 from latentphys.data import Store, create_store, open_store
-from latentphys.fields import VELOCITY, FieldSpec, State
+from latentphys.fields import VELOCITY, Domain, FieldSpec, State
 from latentphys.grid import Geometry, Grid
+from latentphys.sphere import Sphere
 from latentphys.validators import Check, energy_spectra, exit_status, validate, vrmse, vrmse_well
 from latentphys.validators.conservation import closed_flux, net_flux
 from latentphys.validators.statistics import spectrum_errors
@@ -332,14 +333,78 @@ def test_references_that_do_not_fit_are_refused(tmp_path: Path) -> None:
             call()
 
 
-def test_a_store_without_a_velocity_flux_is_refused(tmp_path: Path) -> None:
-    temperature = FieldSpec("temperature", "scalar", "K")
+def saved(path: Path, specs: list[FieldSpec], frames: dict[str, list[Tensor]], domain: Domain = BOX) -> Store:
+    """A store of one trajectory with these frames, which claims exact fluxes."""
+    times = [0.1 * t for t in range(len(next(iter(frames.values()))))]
     with create_store(
-        tmp_path / "t.zarr", grid=BOX, specs={"temperature": temperature}, family="box", num_trajectories=1, times=[0.0]
+        path,
+        grid=domain,
+        specs={spec.name: spec for spec in specs},
+        family="box",
+        num_trajectories=1,
+        times=times,
+        provenance={"exact": True},
     ) as writer:
-        writer.write("temperature", 0, 0, torch.zeros(BOX.shape))
-    with pytest.raises(ValueError, match="Expected a flux field 'velocity', got temperature"):
-        validate(open_store(tmp_path / "t.zarr"))
+        for name, snapshots in frames.items():
+            writer.write(name, 0, slice(None), torch.stack(snapshots))
+    return open_store(path)
+
+
+def test_a_store_without_a_velocity_flux_is_no_rollout(tmp_path: Path) -> None:
+    store = saved(
+        tmp_path / "t.zarr", [FieldSpec("temperature", "scalar", "K")], {"temperature": [torch.zeros(8, 8, 8)]}
+    )
+    with pytest.raises(ValueError, match="Expected a solenoidal flux field 'velocity', got temperature"):
+        validate(store, reconstruct=lambda state: state.velocity)
+    assert exit_status(validate(store).checks) == 0
+
+
+def test_every_solenoidal_flux_is_judged(tmp_path: Path) -> None:
+    magnetic = FieldSpec("magnetic", "flux", "Wb", "solenoidal")
+    velocity, field = solenoidal(BOX), solenoidal(BOX)
+    spoilt = field.clone()
+    spoilt[0, 3, 3, 3] += 0.25
+    for name, flux, net in (("good", field, 0.0), ("spoilt", spoilt, 0.25)):
+        store = saved(tmp_path / name, [VELOCITY, magnetic], {"velocity": [velocity], "magnetic": [flux]})
+        found = validate(store)
+        assert found["magnetic_net_flux_max"].value == net and found["magnetic_net_flux_max"].unit == "Wb"
+        assert found["net_flux_max"].value == 0.0 and exit_status(found.checks) == (net > 0)
+
+
+def test_a_flux_that_need_not_be_solenoidal_is_held_to_closed_faces_only(tmp_path: Path) -> None:
+    flux = torch.randn(3, *CHANNEL.shape, dtype=torch.float64)
+    spec = FieldSpec("velocity", "flux", "m3/s")
+    leaking = validate(saved(tmp_path / "leaking", [spec], {"velocity": [flux]}, CHANNEL))
+    assert leaking["solid_flux_max"].value == float(flux[2, :, :, 0].abs().max())
+    tight = validate(saved(tmp_path / "tight", [spec], {"velocity": [Geometry(CHANNEL).mask(flux)]}, CHANNEL))
+    assert exit_status(tight.checks) == 0 and not any("net_flux" in check.name for check in tight.checks)
+
+
+def test_conserved_totals_and_positive_values(tmp_path: Path) -> None:
+    """A bump that moves keeps its total; one that grows by a hundredth drifts by a hundredth of its size."""
+    bump = torch.zeros(8, 8, 8, dtype=torch.float64)
+    bump[2, 3, 4] = 4.0
+    spec = FieldSpec("dye", "scalar", "kg", "conserved")
+    kept = validate(saved(tmp_path / "kept", [spec], {"dye": [bump, bump.roll(3, 0), bump.roll(2, 1)]}))
+    assert kept["dye_total_drift"].value == 0.0 and kept["dye_total_drift"].verdict == "pass"
+    grown = validate(saved(tmp_path / "grown", [spec], {"dye": [bump, bump, 1.01 * bump]}))["dye_total_drift"]
+    mean = 4.0 / 512
+    assert grown.value == pytest.approx(0.01 * mean / (2 * mean * (1 - 1 / 512))) and grown.verdict == "fail"
+    positive = FieldSpec("dye", "scalar", "kg", "positive")
+    below = validate(saved(tmp_path / "below", [positive], {"dye": [bump, bump - 1e-9]}))["dye_below_zero"]
+    assert below.value == 1e-9 and below.verdict == "fail"
+    assert validate(saved(tmp_path / "above", [positive], {"dye": [bump]}))["dye_below_zero"].verdict == "pass"
+
+
+def test_totals_on_a_sphere_weigh_by_area(tmp_path: Path) -> None:
+    """cos²θ has the mean 1/3 over the sphere, far from the mean of its samples."""
+    sphere = Sphere(8, 16)
+    height = (sphere.colatitudes.cos() ** 2)[:, None].expand(8, 16)
+    spec = FieldSpec("height", "scalar", "m", "conserved")
+    even = torch.full_like(height, 1 / 3)
+    found = validate(saved(tmp_path / "s.zarr", [spec], {"height": [height, even]}, sphere))
+    assert found["height_total_drift"].value < 1e-14
+    assert found["height_rms"].value == pytest.approx((math.sqrt(1 / 5) + 1 / 3) / 2)
 
 
 # Spectra

@@ -2,11 +2,14 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from latentphys.data import Store, Windows, create_store, open_store, split
+from latentphys.data.order import Turns
 from latentphys.fields import FieldSpec
 from latentphys.grid import Grid
 
@@ -75,6 +78,89 @@ def test_stores_take_turns_in_a_changing_order(stores: list[Store]) -> None:
     order = [drawn(windows, step)[0] for step in range(18)]
     rounds = [tuple(order[i : i + 3]) for i in range(0, 18, 3)]
     assert all(sorted(r) == [0, 1, 2] for r in rounds) and len(set(rounds)) > 1
+
+
+WEIGHTS = [
+    {"a": 3, "b": 2},
+    {"a": 0.25, "c": 0.5},
+    {"b": 0},
+    {"a": 1e-3, "b": 1e-3, "c": 1e-3},
+    {"a": 1 / 3, "b": 2 / 3},
+]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_stores_come_as_often_as_their_weights_say(stores: list[Store], weights: dict[str, float]) -> None:
+    """Exactly after every round, within two turns at any time, and in an order that changes from round to round."""
+    windows = Windows(stores, "p", 2, cache=True, weights=weights)
+    share = np.array([weights.get(store.family, 1.0) for store in stores])
+    share = share / share.sum()
+    length = next(n for n in range(1, 100) if np.allclose(n * share, np.rint(n * share)))
+    order = np.array([drawn(windows, step)[0] for step in range(6 * length)])
+    counts = (order[:, None] == np.arange(3)).cumsum(0)
+    assert np.array_equal(counts[length - 1 :: length], np.rint(np.outer(np.arange(1, 7), length * share)))
+    assert np.abs(counts - np.outer(np.arange(1, len(order) + 1), share)).max() < 2
+    rounds = {tuple(order[i : i + length]) for i in range(0, len(order), length)}
+    assert len(rounds) > 1
+
+
+def test_weights_leave_epochs_resumption_and_ranks_alone(stores: list[Store]) -> None:
+    windows = Windows(stores, "p", 2, weights={"a": 3, "b": 0.5})
+    steps = [drawn(windows, step) for step in range(72)]
+    again = Windows([open_store(s.path) for s in stores], "p", 2, weights={"b": 0.5, "a": 3})
+    assert [drawn(again, step) for step in (71, 3, 40)] == [steps[71], steps[3], steps[40]]
+    seen = Counter(
+        (i, s) for store, trajectories, starts in steps for i, s in zip(trajectories, starts, strict=True) if store == 0
+    )
+    assert [step[0] for step in steps].count(0) == 48 and set(seen.values()) == {
+        8
+    }  # 24 windows, 6 batches of 4: 8 epochs
+    for step in range(6):
+        halves = [windows.sample(step, 4, seed=5, rank=rank, world=2) for rank in range(2)]
+        assert {half.store for half in halves} == {steps[step][0]}
+        assert torch.cat([half.starts for half in halves]).tolist() == steps[step][2]
+
+
+def test_equal_weights_are_the_default(stores: list[Store]) -> None:
+    plain, weighted = Windows(stores, "p", 2), Windows(stores, "p", 2, weights={"a": 7, "b": 7.0, "c": 7})
+    assert [drawn(plain, step) for step in range(12)] == [drawn(weighted, step) for step in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"d": 1}, r"weights of the families \['a', 'b', 'c'\], got one of 'd'"),
+        ({"a": -1}, r"finite numbers ≥ 0, got \[-1, 1.0, 1.0\]"),
+        ({"a": float("nan")}, "finite numbers ≥ 0"),
+        ({"a": float("inf")}, "finite numbers ≥ 0"),
+        ({"a": "2"}, "finite numbers ≥ 0"),
+        ({"a": True}, "finite numbers ≥ 0"),
+        ({"a": 0, "b": 0, "c": 0.0}, "at least one weight above 0"),
+        (3, r"weights by family, such as \{a: 2\}, got 3"),
+        ([1, 2, 3], "weights by family"),
+    ],
+)
+def test_weights_that_make_no_sense_are_refused(
+    stores: list[Store], weights: Any, message: str, unchecked: None
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Windows(stores, "p", 2, weights=weights)
+
+
+@pytest.mark.parametrize("weights", [[np.pi, 1.0], [1e-9, 1.0, 0.5], [12345, 678, 91011], [1e300, 1e300, 0]])
+def test_any_weights_become_turns(weights: list[float]) -> None:
+    """Ratios of large numbers to one turn in a round of 10,000, and nobody with a weight is left out."""
+    counts, share = np.array(Turns(weights).counts), np.array(weights) / max(weights)
+    np.testing.assert_allclose(counts / counts.sum(), share / share.sum(), atol=2e-4)
+    assert ((counts > 0) == (share > 0)).all()
+
+
+def test_a_store_that_is_never_drawn_may_be_small(stores: list[Store]) -> None:
+    windows = Windows(stores, "p", 2, weights={"b": 0})
+    windows.check_batch(24)
+    assert {drawn(windows, step, batch=24)[0] for step in range(9)} == {0, 2}
+    with pytest.raises(ValueError, match="batch of at most 10"):
+        Windows(stores, "p", 2).check_batch(24)
 
 
 def test_an_epoch_has_every_window_once_and_the_next_another_order(stores: list[Store]) -> None:

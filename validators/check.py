@@ -17,7 +17,7 @@ class Check:
 
     Args:
         name: what was measured, such as ``net_flux_max``.
-        family: the family of flows it was measured on, such as ``channel``.
+        family: the family of flows it was measured on, such as ``open_channel``.
         value: the number, in ``unit``.
         unit: SI unit; "1" for a ratio.
         threshold: what the value was held against; None for information.

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from latentphys import operators
+from latentphys.fields import FieldSpec
 from latentphys.grid import Geometry
 from latentphys.validators.check import Check
 
@@ -44,27 +45,29 @@ class Worst:
 
 
 class Conservation:
-    """Collects the conservation checks of one store, snapshot by snapshot.
+    """Collects the conservation checks of one flux field, snapshot by snapshot.
 
     Args:
+        spec: the field. The net flux of cells is judged where it is solenoidal, the flux through closed faces always.
         exact: whether the store claims fluxes that balance bit for bit (FP64). Its threshold for the net flux is then
             0.0; elsewhere the `TOLERANCE` of the stored type times the largest |flux| of the store.
     """
 
-    def __init__(self, exact: bool) -> None:
-        self.exact = exact
+    def __init__(self, spec: FieldSpec, exact: bool) -> None:
+        self.spec, self.exact = spec, exact
         self.net, self.closed, self.largest = Worst(), Worst(), 0.0
         self.tolerance, self.operator = 0.0, NET_FLUX
         self._means: list[list[Tensor]] = []
         self._rms: list[list[float]] = []
 
     def update(self, flux: Float[Tensor, "3 nx ny nz"], geometry: Geometry, trajectory: int, frame: int) -> None:
-        """Take in one snapshot [m³/s]; the frames of a trajectory in order, from frame 0."""
+        """Take in one snapshot; the frames of a trajectory in order, from frame 0."""
         grid = geometry.grid
         self.tolerance = TOLERANCE[flux.dtype]
         self.operator = NET_FLUX_OPEN if any(high for _, high in grid.open_sides) else NET_FLUX
         flux = flux.double()
-        self.net.update(net_flux(flux, geometry), trajectory, frame)
+        if self.spec.constraint == "solenoidal":
+            self.net.update(net_flux(flux, geometry), trajectory, frame)
         self.closed.update(closed_flux(flux, geometry), trajectory, frame)
         self.largest = max(self.largest, float(flux.abs().max()))
         if frame == 0:
@@ -80,18 +83,31 @@ class Conservation:
         return max(a / max(rms) if a else 0.0 for a, rms in zip(away, self._rms, strict=True))
 
     def checks(self, *, family: str, dtype: str, detail: str) -> list[Check]:
-        """``net_flux_max``, ``solid_flux_max`` (judged) and ``mean_flow_drift``; ``detail`` says over how much."""
+        """``net_flux_max``, ``solid_flux_max`` (judged) and ``mean_flow_drift``; ``detail`` says over how much.
+
+        Those of a field other than the velocity begin with its name: ``magnetic_net_flux_max``.
+        """
         about = {"family": family, "dtype": dtype}
         allowed = 0.0 if self.exact else self.tolerance * self.largest
         claim = "exact fluxes claimed" if self.exact else f"{self.tolerance:g} of that allowed to {dtype}"
-        net = f"{detail}; {self.net.where}; largest |flux| {self.largest:.3g} m3/s, {claim}"
+        net = f"{detail}; {self.net.where}; largest |flux| {self.largest:.3g} {self.spec.unit}, {claim}"
         solid = f"{detail}; {self.closed.where}"
-        return [
-            Check.at_most(
-                "net_flux_max", self.net.value, allowed, unit="m3/s", operator=self.operator, detail=net, **about
-            ),
-            Check.at_most(
-                "solid_flux_max", self.closed.value, 0.0, unit="m3/s", operator=SOLID_FLUX, detail=solid, **about
-            ),
-            Check.info("mean_flow_drift", self.drift, unit="1", operator=MEAN_FLOW, detail=detail, **about),
+        flux = {"unit": self.spec.unit, **about}
+        name = prefix(self.spec)
+        checks = []
+        if self.spec.constraint == "solenoidal":
+            checks.append(
+                Check.at_most(
+                    f"{name}net_flux_max", self.net.value, allowed, operator=self.operator, detail=net, **flux
+                )
+            )
+        checks += [
+            Check.at_most(f"{name}solid_flux_max", self.closed.value, 0.0, operator=SOLID_FLUX, detail=solid, **flux),
+            Check.info(f"{name}mean_flow_drift", self.drift, unit="1", operator=MEAN_FLOW, detail=detail, **about),
         ]
+        return checks
+
+
+def prefix(spec: FieldSpec) -> str:
+    """What the names of a flux field's checks begin with: nothing for the velocity."""
+    return "" if spec.name == "velocity" else f"{spec.name}_"

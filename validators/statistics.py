@@ -65,10 +65,10 @@ def energy_spectra(flux: Float[Tensor, "3 nx ny nz"], geometry: Geometry) -> tup
         shells, weights, spacing = _shells(grid)
         modes = torch.fft.rfftn(u, dim=(-3, -2, -1), norm="forward").abs().square().sum(0)
         energy = torch.bincount(shells.flatten(), (0.5 * weights * modes).flatten())
-        nyquist = min(math.pi / h for h in grid.spacing)
+        nyquist = min((math.pi / h for h, n in zip(grid.spacing, grid.shape, strict=True) if n > 1), default=0.0)
         return (Spectrum("shell", spacing, int(nyquist / spacing + 1e-9), energy),)
     spectra = []
-    for axis in (axis for axis in range(3) if grid.periodic[axis]):
+    for axis in (axis for axis in range(3) if grid.periodic[axis] and grid.shape[axis] > 1):
         along = u.movedim(axis + 1, -1)
         modes = torch.fft.rfft(along, dim=-1, norm="forward").abs().square().sum(0).mean((0, 1))
         energy = 0.5 * _mirrored(grid.shape[axis]) * modes
@@ -88,7 +88,7 @@ def _mirrored(n: int) -> Float[Tensor, " half"]:
 @lru_cache(maxsize=4)
 def _shells(grid: Grid) -> tuple[Int[Tensor, "nx ny half"], Float[Tensor, " half"], float]:
     """Shell of each mode, the modes each stands for, and Δk [rad/m]."""
-    spacing = 2 * math.pi / min(grid.lengths)
+    spacing = 2 * math.pi / grid.shortest_side
     fft, rfft, (nx, ny, nz), (dx, dy, dz) = torch.fft.fftfreq, torch.fft.rfftfreq, grid.shape, grid.spacing
     cycles = [
         transform(n, h, dtype=torch.float64) for transform, n, h in ((fft, nx, dx), (fft, ny, dy), (rfft, nz, dz))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -14,9 +14,11 @@ from torch import Tensor
 from latentphys.data.store import Store
 from latentphys.fields import State
 from latentphys.grid import Geometry
+from latentphys.sphere import Sphere
 from latentphys.validators.check import Check
-from latentphys.validators.conservation import NET_FLUX, SOLID_FLUX, Conservation
+from latentphys.validators.conservation import NET_FLUX, SOLID_FLUX, Conservation, prefix
 from latentphys.validators.pointwise import FLOOR, MODEL, VRMSE, Pointwise
+from latentphys.validators.scalars import Values
 from latentphys.validators.series import Series
 from latentphys.validators.statistics import REFERENCE, Statistics
 
@@ -90,9 +92,9 @@ class Alignment:
         return aligned
 
 
-def is_exact(store: Store) -> bool:
+def is_exact(store: Store, name: str = "velocity") -> bool:
     """Whether the store claims fluxes that balance bit for bit: float64, with ``provenance["exact"]`` true."""
-    return store.array("velocity").dtype == "float64" and store.attributes.get("provenance", {}).get("exact") is True
+    return store.array(name).dtype == "float64" and store.attributes.get("provenance", {}).get("exact") is True
 
 
 def validate(
@@ -101,11 +103,12 @@ def validate(
     reconstruct: Callable[[State], Tensor] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Validation:
-    """Measure a store in FP64: that it is finite and conserves mass, and how far it is from a reference.
+    """Measure a store in FP64: that it is finite and keeps what its fields promise, and how far it is from a reference.
 
     Args:
-        store: ground truth, an import or a rollout; its field ``velocity`` is a flux [m³/s].
-        reference: what a rollout is held against; None for a store that stands alone.
+        store: ground truth, an import or a rollout, in a box or on a sphere. Solenoidal fluxes are held to their net
+            per cell, all fluxes to closed faces, conserved scalars to their total and positive ones to their sign.
+        reference: what a rollout is held against; None for a store that stands alone. Needs a velocity flux.
         reconstruct: one State (without a batch axis) to the flux of its decoded latent (3, nx, ny, nz) [m³/s]: the
             autoencoder, whose error is the floor of a rollout. Applied to the reference, or without one to the store.
         progress: called with (done, total) snapshots.
@@ -115,19 +118,19 @@ def validate(
         checks fail, the rest is left out.
 
     Raises:
-        ValueError: a store without a velocity flux, or a reference on another grid, in another geometry or too short.
+        ValueError: a store of latents; with a reference or a model, a store without a solenoidal velocity flux; a
+            reference on another grid, in another geometry or too short.
     """
-    spec = store.specs.get("velocity")
-    if spec is None or spec.kind != "flux":
-        found = ", ".join(f"{s.name} ({s.kind})" for s in store.specs.values())
-        raise ValueError(f"Expected a flux field 'velocity', got {found}; decode latents, import velocities as fluxes.")
+    has_flow = _is_flow(store, alone=reference is None and reconstruct is None)
     alignment = None if reference is None else Alignment.of(store, reference)
     label = store.path.stem if reference is None else MODEL
-    about = {"family": store.family, "dtype": str(store.array("velocity").dtype)}
-    nx, ny, nz = store.grid.shape
-    extent = f"{store.num_trajectories} trajectories of {store.num_times} frames of {nx} x {ny} x {nz} cells"
+    about = {"family": store.family, "dtype": ", ".join(sorted({str(store.array(n).dtype) for n in store.specs}))}
+    size = f"{' x '.join(map(str, store.domain.shape))} {'points' if isinstance(store.domain, Sphere) else 'cells'}"
+    extent = f"{store.num_trajectories} trajectories of {store.num_times} frames of {size}"
     first = 0 if reference is None else 1
-    conservation, pointwise, statistics = Conservation(is_exact(store)), Pointwise(), Statistics()
+    fluxes = {n: Conservation(spec, is_exact(store, n)) for n, spec in store.specs.items() if spec.kind == "flux"}
+    values = {n: Values(spec, store.domain) for n, spec in store.specs.items() if spec.kind != "flux"}
+    pointwise, statistics = Pointwise(), Statistics()
 
     snapshots = list(product(range(store.num_trajectories), range(store.num_times)))
     for done, (trajectory, frame) in enumerate(snapshots, 1):
@@ -135,32 +138,51 @@ def validate(
         bad = sum(int((~torch.isfinite(value)).sum()) for value in state.fields.values())
         if bad:
             where = f"in trajectory {trajectory}, frame {frame}, the first to hold any; those after it were not read"
-            checks = _unmeasured(bad, where, reference is not None, about)
-            return Validation(store.family, _subject(store), extent, checks, ())
-        flux, geometry = state.velocity, state.geometry
-        conservation.update(flux, geometry, trajectory, frame)
-        statistics.update(label, flux, geometry, frame, first)
-        truth = state
-        if reference is not None and alignment is not None:
-            truth = reference[alignment.trajectories[trajectory], alignment.start + alignment.stride * frame]
-            _check_same_solid(geometry, truth.geometry, trajectory)
-            statistics.update(REFERENCE, truth.velocity, geometry, frame, first)
-        decoded = None if reconstruct is None else reconstruct(truth).detach().cpu()
-        if decoded is not None:
-            statistics.update(FLOOR, decoded, geometry, frame, first)
-        pointwise.update(None if reference is None else flux, truth.velocity, decoded, geometry, frame)
+            judged = _unmeasured(bad, where, list(fluxes.values()), reference is not None, about)
+            return Validation(store.family, _subject(store), extent, judged, ())
+        for name, conservation in fluxes.items():
+            conservation.update(state.fields[name], state.geometry, trajectory, frame)
+        for name, collected in values.items():
+            collected.update(state.fields[name], trajectory, frame)
+        if has_flow:
+            flux, geometry, truth = state.velocity, state.geometry, state
+            statistics.update(label, flux, geometry, frame, first)
+            if reference is not None and alignment is not None:
+                truth = reference[alignment.trajectories[trajectory], alignment.start + alignment.stride * frame]
+                _check_same_solid(geometry, truth.geometry, trajectory)
+                statistics.update(REFERENCE, truth.velocity, geometry, frame, first)
+            decoded = None if reconstruct is None else reconstruct(truth).detach().cpu()
+            if decoded is not None:
+                statistics.update(FLOOR, decoded, geometry, frame, first)
+            pointwise.update(None if reference is None else flux, truth.velocity, decoded, geometry, frame)
         if progress is not None:
             progress(done, len(snapshots))
 
-    checks = (
-        Check.at_most("finite", 0.0, 0.0, unit="values", operator=FINITE, detail=extent, **about),
-        *conservation.checks(detail=extent, **about),
-        *pointwise.checks(**about),
-        *statistics.checks(model=label, reference=None if reference is None else REFERENCE, **about),
-    )
     times = tuple(float(t - store.times[0]) for t in store.times)
-    series = (*pointwise.series(times), *statistics.series(times))
-    return Validation(store.family, _subject(store), extent, checks, series)
+    checks = [Check.at_most("finite", 0.0, 0.0, unit="values", operator=FINITE, detail=extent, **about)]
+    series: list[Series] = []
+    for conservation in fluxes.values():
+        checks += conservation.checks(detail=extent, **about)
+    if has_flow:
+        checks += pointwise.checks(**about)
+        checks += statistics.checks(model=label, reference=None if reference is None else REFERENCE, **about)
+        series += [*pointwise.series(times), *statistics.series(times)]
+    for collected in values.values():
+        checks += collected.checks(detail=extent, **about)
+        series += collected.series(label, times)
+    return Validation(store.family, _subject(store), extent, tuple(checks), tuple(series))
+
+
+def _is_flow(store: Store, alone: bool) -> bool:
+    """Whether there is a solenoidal velocity flux, which can be held against a reference and a model."""
+    spec = store.specs.get("velocity")
+    is_flow = spec is not None and (spec.kind, spec.constraint) == ("flux", "solenoidal")
+    if store.attributes.get("channels") is not None or not (is_flow or alone):
+        found = ", ".join(f"{s.name} ({s.kind}, {s.constraint})" for s in store.specs.values())
+        raise ValueError(
+            f"Expected a solenoidal flux field 'velocity', got {found}; decode latents, import velocities as fluxes."
+        )
+    return is_flow
 
 
 def _subject(store: Store) -> str:
@@ -171,10 +193,16 @@ def _subject(store: Store) -> str:
     return f"{store.path.name}: rollout of {rollout['checkpoint']} from {Path(rollout['reference']).name}"
 
 
-def _unmeasured(bad: int, where: str, has_reference: bool, about: dict[str, str]) -> tuple[Check, ...]:
+def _unmeasured(
+    bad: int, where: str, fluxes: Sequence[Conservation], has_reference: bool, about: dict[str, str]
+) -> tuple[Check, ...]:
     """The checks of a store with a value that is not finite: every judged one fails."""
     checks = [Check.at_most("finite", bad, 0.0, unit="values", operator=FINITE, detail=where, **about)]
-    judged = [("net_flux_max", "m3/s", NET_FLUX), ("solid_flux_max", "m3/s", SOLID_FLUX)]
+    judged = []
+    for spec in (conservation.spec for conservation in fluxes):
+        if spec.constraint == "solenoidal":
+            judged.append((f"{prefix(spec)}net_flux_max", spec.unit, NET_FLUX))
+        judged.append((f"{prefix(spec)}solid_flux_max", spec.unit, SOLID_FLUX))
     if has_reference:
         judged += [("vrmse_1_step", "1", VRMSE), ("vrmse_rollout", "1", VRMSE)]
     for name, unit, operator in judged:

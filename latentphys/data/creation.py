@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+import uuid
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,18 +17,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentphys.data.plan import Plan, SnapshotArray, shard_length, space_dimensions
 from latentphys.data.store import SCHEMA, snapshot_shape
-from latentphys.data.writer import SnapshotArray, StoreWriter
-from latentphys.fields import FieldSpec
-from latentphys.grid import Geometry, Grid
+from latentphys.data.writer import StoreWriter
+from latentphys.fields import Domain, FieldSpec
+from latentphys.grid import Geometry
+from latentphys.sphere import Sphere
 
-RESERVED = frozenset({"time", "x", "y", "z", "solid", "parameters"})
+RESERVED = frozenset({"time", "x", "y", "z", "colatitude", "longitude", "solid", "parameters"})
 
 
 def create_store(
     path: str | os.PathLike[str],
     *,
-    grid: Grid,
+    grid: Domain,
     specs: Mapping[str, FieldSpec],
     family: str,
     num_trajectories: int,
@@ -42,19 +45,20 @@ def create_store(
     attributes: Mapping[str, Any] | None = None,
     extras: Mapping[str, tuple[Sequence[int], str, Sequence[str]]] | None = None,
     overwrite: bool = False,
+    resume: bool = False,
 ) -> StoreWriter:
-    """Prepare a new store; nothing is on disk before the ``with`` block begins.
+    """Prepare a new store, or go on with an unfinished one; nothing is on disk before the ``with`` block begins.
 
     Args:
         path: where it shall be; folders above are made.
-        grid: the box of every trajectory; the latent grid for latents.
+        grid: the box or the sphere of every trajectory; the latent grid for latents.
         specs: the fields by name.
-        family: the kind of flow, such as ``channel``.
+        family: the kind of flow, such as ``open_channel``.
         num_trajectories: number of trajectories, ≥ 1.
         times: time of each snapshot t [s], strictly increasing, not necessarily evenly.
         parameters: physical parameters, name → numbers (trajectory,), (trajectory, k) or (trajectory, time, k).
         parameter_units: name → unit of a parameter; default "1".
-        solid: boolean voxels (trajectory, nx, ny, nz); left out of the store when there are none.
+        solid: boolean voxels (trajectory, nx, ny, nz) of a box; left out of the store when there are none.
         dtype: ``float64`` (default) or ``float32``, of the fields.
         layout: the operator in which the fluxes' divergence is zero.
         channels: number of latent channels; makes a latent store, whose fields have ``channels`` components.
@@ -63,6 +67,9 @@ def create_store(
         extras: further arrays per snapshot, name → (shape, dtype, dimension names), the first two of them
             ``trajectory, time``.
         overwrite: replace the store that is there, at the end of the ``with`` block. Default: refuse.
+        resume: keep what was written in ``.NAME.partial`` beside `path` when the ``with`` block ends before its time,
+            and go on from there if it is there already, made by the same arguments (provenance apart from ``time``
+            and ``command`` among them). Default: begin anew, leave nothing.
 
     Raises:
         ValueError: an existing path, or arguments that contradict one another.
@@ -104,7 +111,17 @@ def create_store(
     except (TypeError, ValueError) as error:
         raise ValueError(f"Expected plain numbers, texts, lists and dicts as attributes, got: {error}.") from error
     voxels = _solid(solid, grid, num_trajectories)
-    return StoreWriter(path, grid, dict(specs), arrays, t, values, voxels, own, overwrite)
+    plan = Plan(
+        folder=path.with_name(f".{path.name}.partial" if resume else f".{path.name}.partial-{os.getpid()}"),
+        domain=grid,
+        specs=dict(specs),
+        arrays=arrays,
+        shard=shard_length(arrays),
+        has_solids=voxels is not None,
+        resumable=resume,
+        run=uuid.uuid4().hex,
+    )
+    return StoreWriter(path, plan, t, values, voxels, own, overwrite)
 
 
 def _check_target(path: Path, overwrite: bool) -> None:
@@ -121,7 +138,7 @@ def _check_target(path: Path, overwrite: bool) -> None:
 
 
 def _fields(
-    grid: Grid, specs: Mapping[str, FieldSpec], counts: tuple[int, int], dtype: np.dtype[Any], channels: int | None
+    domain: Domain, specs: Mapping[str, FieldSpec], counts: tuple[int, int], dtype: np.dtype[Any], channels: int | None
 ) -> dict[str, SnapshotArray]:
     if not specs:
         raise ValueError("Expected at least one field in specs, got none.")
@@ -129,9 +146,10 @@ def _fields(
     for name, spec in specs.items():
         if name != spec.name or name in RESERVED:
             raise ValueError(f"Expected a field under its own name, and none of {sorted(RESERVED)}, got {name!r}.")
-        snapshot = snapshot_shape(spec, grid, channels)
-        component = () if len(snapshot) == 3 else ("axis",) if channels is None else ("channel",)
-        dimensions = ("trajectory", "time", *component, "x", "y", "z")
+        snapshot = snapshot_shape(spec, domain, channels)
+        has_components = len(snapshot) > len(domain.shape)
+        component = () if not has_components else ("axis",) if channels is None else ("channel",)
+        dimensions = ("trajectory", "time", *component, *space_dimensions(domain))
         arrays[name] = SnapshotArray((*counts, *snapshot), dtype, dimensions, {"units": spec.unit})
     return arrays
 
@@ -162,15 +180,17 @@ def _parameter(name: str, value: Any, num_trajectories: int, num_times: int) -> 
     return array
 
 
-def _solid(solid: np.ndarray | Tensor | None, grid: Grid, num_trajectories: int) -> np.ndarray | None:
+def _solid(solid: np.ndarray | Tensor | None, domain: Domain, num_trajectories: int) -> np.ndarray | None:
     """The voxels as an array; None where there are none."""
     if solid is None:
         return None
+    if isinstance(domain, Sphere):
+        raise ValueError("Expected no solid voxels on a sphere, got some; leave `solid` out.")
     voxels = torch.as_tensor(solid)
-    shape = (num_trajectories, *grid.shape)
+    shape = (num_trajectories, *domain.shape)
     if voxels.dtype != torch.bool or tuple(voxels.shape) != shape:
         raise ValueError(f"Expected boolean solid voxels of shape {shape}, got {voxels.dtype} {tuple(voxels.shape)}.")
-    checked = Geometry(grid, voxels).solid
+    checked = Geometry(domain, voxels).solid
     return None if checked is None else checked.cpu().numpy()
 
 

@@ -75,7 +75,7 @@ def relayout(
         raise ValueError(
             f"Expected a periodic box without solids for cell_spectral, got {store.path}; use cell_centred."
         )
-    specs = {name: _spec(spec, to_faces=layout == "face_flux") for name, spec in store.specs.items()}
+    specs = {name: converted_spec(spec, to_faces=layout == "face_flux") for name, spec in store.specs.items()}
     converted = [name for name, spec in specs.items() if spec != store.specs[name]]
     if not converted:
         raise ValueError(f"Expected a velocity in {store.path}, got only {[str(s) for s in store.specs.values()]}.")
@@ -98,7 +98,7 @@ def relayout(
         extras=_extras(store),
         overwrite=overwrite,
     )
-    convert = partial(_convert, before=before, after=layout)
+    to_layout = partial(convert, before=before, after=layout)
     with writer:
         for trajectory in range(len(store)):
             geometry = store.geometry(trajectory).to(device)
@@ -106,14 +106,14 @@ def relayout(
                 for name in store.attributes["snapshots"]:
                     values = store.read(name, trajectory, time)
                     if name in converted:
-                        values = convert(values.to(device, torch.float64), geometry)
+                        values = to_layout(values.to(device, torch.float64), geometry)
                     writer.write(name, trajectory, time, values)
                 progress(1)
     return out
 
 
-def _convert(values: Tensor, geometry: Geometry, before: str, after: str) -> Tensor:
-    """One snapshot, FP64."""
+def convert(values: Tensor, geometry: Geometry, before: str, after: str) -> Tensor:
+    """One snapshot of a velocity from one layout to another, in FP64."""
     grid = geometry.grid
     if after == "cell_centred":
         return operators.cell_velocity(values, grid)
@@ -126,7 +126,7 @@ def _convert(values: Tensor, geometry: Geometry, before: str, after: str) -> Ten
     )
 
 
-def _spec(spec: FieldSpec, to_faces: bool) -> FieldSpec:
+def converted_spec(spec: FieldSpec, to_faces: bool) -> FieldSpec:
     """What a field becomes: velocities change, everything else stays what it is."""
     if to_faces:
         return (

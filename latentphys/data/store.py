@@ -1,4 +1,5 @@
-"""Reading a store: a Zarr v3 group with one array per field, dimensions (trajectory, time[, axis], x, y, z).
+"""Reading a store: a Zarr v3 group with one array per field, dimensions (trajectory, time[, axis], x, y, z),
+or (trajectory, time[, axis], colatitude, longitude) on a sphere.
 
 A chunk is one snapshot of one field, a shard several snapshots of one trajectory. Dask must rechunk to whole shards
 before it stores into such an array; reading needs no such care.
@@ -20,8 +21,10 @@ import torch
 import zarr
 from torch import Tensor
 
-from latentphys.fields import FieldSpec, State
+from latentphys.data.shards import SnapshotReader
+from latentphys.fields import Domain, FieldSpec, State, domain_from_dict
 from latentphys.grid import Geometry, Grid
+from latentphys.sphere import Sphere
 
 if TYPE_CHECKING:
     import dask.array
@@ -40,9 +43,9 @@ ATTRIBUTES = {
 }
 
 
-def snapshot_shape(spec: FieldSpec, grid: Grid, channels: int | None) -> tuple[int, ...]:
-    """Shape of one snapshot in a store; latents have ``channels`` instead of three components."""
-    return spec.shape(grid) if channels is None else (channels, *grid.shape)
+def snapshot_shape(spec: FieldSpec, domain: Domain, channels: int | None) -> tuple[int, ...]:
+    """Shape of one snapshot in a store; latents have ``channels`` components instead of those of the domain."""
+    return spec.shape(domain) if channels is None else (channels, *domain.shape)
 
 
 def crc(values: np.ndarray) -> int:
@@ -60,7 +63,7 @@ def checksum_of_sums(sums: Iterable[int]) -> str:
 
 
 class Store:
-    """A data set of fields, latents or rollouts on one grid.
+    """A data set of fields, latents or rollouts on one grid, or on one sphere.
 
     Nothing but the path is handed to another process: a worker, forked or spawned, opens its own handles.
 
@@ -69,8 +72,8 @@ class Store:
 
     Attributes:
         path: its folder.
-        family: the kind of flow, such as ``channel``.
-        grid: the box every trajectory lives on.
+        family: the kind of flow, such as ``open_channel``.
+        domain: the box or the sphere that every trajectory lives on.
         specs: the fields, by name.
         times: time of each snapshot t [s], shape (num_times,).
         num_trajectories, num_times: how much there is.
@@ -84,9 +87,10 @@ class Store:
         self.path = Path(path)
         self.attributes = _attributes(self.path)
         self.family: str = self.attributes["family"]
-        self.grid = Grid.from_dict(self.attributes["grid"])
+        self.domain = domain_from_dict(self.attributes["grid"])
         self.specs = {name: FieldSpec.from_dict(spec) for name, spec in self.attributes["specs"].items()}
         self._handles: dict[str, zarr.Array] = {}
+        self._readers: dict[str, SnapshotReader] = {}
         self._owner = os.getpid()
         self._last_geometry: tuple[int, Geometry] | None = None
         self.times: np.ndarray = np.asarray(self.array("time")[:])
@@ -94,7 +98,7 @@ class Store:
         self.num_trajectories = int(self.attributes["num_trajectories"])
         counts = (self.num_trajectories, self.num_times)
         for name, spec in self.specs.items():
-            self._check_shape(name, (*counts, *snapshot_shape(spec, self.grid, self.attributes.get("channels"))))
+            self._check_shape(name, (*counts, *snapshot_shape(spec, self.domain, self.attributes.get("channels"))))
         self._has_solids = "solid" in self.attributes["checksums"]
         if self._has_solids:
             self._check_shape("solid", (self.num_trajectories, *self.grid.shape))
@@ -106,8 +110,19 @@ class Store:
         return self.num_trajectories
 
     def __repr__(self) -> str:
-        size = f"{len(self)} trajectories of {self.num_times} snapshots on {'×'.join(map(str, self.grid.shape))}"
+        size = f"{len(self)} trajectories of {self.num_times} snapshots on {'×'.join(map(str, self.domain.shape))}"
         return f"Store({str(self.path)!r}, {self.family}, {size})"
+
+    @property
+    def grid(self) -> Grid:
+        """The box that every trajectory lives on.
+
+        Raises:
+            ValueError: a store on a sphere.
+        """
+        if isinstance(self.domain, Sphere):
+            raise ValueError(f"Expected a store in a box, got {self.path} on {self.domain}.")
+        return self.domain
 
     def _check_shape(self, name: str, expected: tuple[int, ...]) -> None:
         got = self.array(name).shape
@@ -122,7 +137,7 @@ class Store:
         """
         if self._owner != os.getpid():
             # a handle that crossed a fork can hang
-            self._handles, self._owner = {}, os.getpid()
+            self._handles, self._readers, self._owner = {}, {}, os.getpid()
         if name not in self._handles:
             group = zarr.open_group(str(self.path), mode="r", zarr_format=3)
             array = group.get(name)
@@ -138,30 +153,40 @@ class Store:
         return {name: np.asarray(self.array(f"parameters/{name}")[...]) for name in names}
 
     def geometry(self, trajectory: int) -> Geometry:
-        """The box of one trajectory and its solids."""
-        trajectory = self._index(trajectory, self.num_trajectories, "trajectory") if self._has_solids else 0
-        if self._last_geometry is None or self._last_geometry[0] != trajectory:
-            solid = torch.from_numpy(self.array("solid")[trajectory]) if self._has_solids else None
-            self._last_geometry = (trajectory, Geometry(self.grid, solid))
-        return self._last_geometry[1]
+        """The box of one trajectory and its solids.
 
-    def read(self, name: str, trajectory: int, time: int | slice) -> Tensor:
+        Raises:
+            ValueError: no such trajectory, or a store on a sphere.
+        """
+        trajectory = self._index(trajectory, self.num_trajectories, "trajectory") if self._has_solids else 0
+        last = self._last_geometry
+        if last is None or last[0] != trajectory:
+            solid = torch.from_numpy(self.array("solid")[trajectory]) if self._has_solids else None
+            self._last_geometry = last = (trajectory, Geometry(self.grid, solid))
+        return last[1]
+
+    def read(self, name: str, trajectory: int, time: int | slice, out: Tensor | None = None) -> Tensor:
         """One field of one trajectory.
 
         Args:
             name: the field, or an extra array.
             trajectory: which trajectory; negative counts from the end.
             time: which snapshot, or a slice of them with a positive step.
+            out: where to, on the CPU and of the result's shape; the numbers are converted to its type on the way.
+                Default: a new tensor of the stored type.
 
         Returns:
-            The stored numbers in the stored type: ``([axis,] x, y, z)``, with time in front for a slice.
+            The stored numbers: one snapshot as `FieldSpec` says, or a slice with time in front.
 
         Raises:
-            ValueError: no such array, trajectory or snapshot.
+            ValueError: no such array, trajectory or snapshot, or a shard that is missing or damaged.
         """
         trajectory = self._index(trajectory, self.num_trajectories, "trajectory")
         index = time if isinstance(time, slice) else self._index(time, self.num_times, "time")
-        return torch.from_numpy(np.asarray(self.array(name)[trajectory, index]))
+        array = self.array(name)
+        if name not in self._readers:
+            self._readers[name] = SnapshotReader(array)
+        return torch.from_numpy(self._readers[name].read(trajectory, index, None if out is None else out.numpy()))
 
     def lazy(self, name: str) -> dask.array.Array:
         """A field or extra as a dask array over all trajectories and snapshots, in pieces of whole shards.
@@ -185,7 +210,8 @@ class Store:
             value = values[trajectory, time] if values.ndim == 3 else values[trajectory]
             parameters[name] = float(value) if values.ndim == 1 else torch.from_numpy(value.copy())
         fields = {name: self.read(name, trajectory, time) for name in self.specs}
-        return State(fields, self.geometry(trajectory), float(self.times[time]), parameters, self.family)
+        place = self.domain if isinstance(self.domain, Sphere) else self.geometry(trajectory)
+        return State(fields, place, float(self.times[time]), parameters, self.family)
 
     @staticmethod
     def _index(value: int, size: int, what: str) -> int:

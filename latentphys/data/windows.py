@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from latentphys.data.order import Turns, permutation
 from latentphys.data.store import Store
 
 
@@ -30,20 +30,31 @@ class Batch:
     trajectories: Int64[Tensor, " batch"]
     starts: Int64[Tensor, " batch"]
 
+    def to(self, device: torch.device | str) -> Batch:
+        """The same windows with their values on another device."""
+        return replace(self, values=self.values.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The same windows with values that a GPU fetches by itself."""
+        return replace(self, values=self.values.pin_memory())
+
 
 class Windows:
     """All windows of ``length`` snapshots, ``stride`` apart, in some trajectories of some stores.
 
     Args:
-        stores: one per family; every store is drawn from equally often, however large it is.
+        stores: one per family.
         field: the field to read.
         length: snapshots per window, ≥ 1.
         stride: distance of neighbouring snapshots in a window, in snapshots of the store. Default 1.
         trajectories: per store the trajectories to draw from. Default: all.
-        cache: hold these trajectories in memory in FP32, read once here. Default: read each window when it is drawn.
+        cache: `hold` these trajectories in memory in FP32. Default: read each window when it is drawn.
+        weights: family → how often its store is drawn from, relative to the 1 of families that are not named; 0 for
+            never. Default: every store equally often, however large it is.
 
     Raises:
-        ValueError: no stores, a store without the field or the trajectories, or trajectories shorter than a window.
+        ValueError: no stores, a store without the field or the trajectories, trajectories shorter than a window, or
+            weights that no order of the stores has.
     """
 
     def __init__(
@@ -54,6 +65,7 @@ class Windows:
         stride: int = 1,
         trajectories: Sequence[Sequence[int]] | None = None,
         cache: bool = False,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
         if not stores:
             raise ValueError("Expected at least one store, got none.")
@@ -76,10 +88,15 @@ class Windows:
                     f"Expected trajectories of at least {span} snapshots for windows of {length} with stride {stride}, "
                     f"got {store.num_times} in {store.path}; choose a smaller length or stride."
                 )
-        self._cache: list[dict[int, Tensor]] = [
-            {i: store.read(field, i, slice(None)).float() for i in chosen} if cache else {}
-            for store, chosen in zip(self.stores, self._trajectories, strict=True)
-        ]
+        self._turns = Turns(_weights([store.family for store in self.stores], {} if weights is None else weights))
+        self._cache: list[dict[int, Tensor]] = [{} for _ in self.stores]
+        if cache:
+            self.hold()
+
+    def hold(self) -> None:
+        """Read the trajectories into memory, where windows come from then on."""
+        for store, chosen, held in zip(self.stores, self._trajectories, self._cache, strict=True):
+            held.update({i: self._read(store, i, slice(None)) for i in chosen})
 
     def _num_starts(self, store: Store) -> int:
         return store.num_times - (self.length - 1) * self.stride
@@ -91,18 +108,25 @@ class Windows:
     def __len__(self) -> int:
         return sum(self.num_windows(store) for store in range(len(self.stores)))
 
-    def read(self, store: int, trajectory: int, start: int) -> Float[Tensor, "length ..."]:
-        """One window in FP32."""
+    def read(self, store: int, trajectory: int, start: int, out: Tensor | None = None) -> Float[Tensor, "length ..."]:
+        """One window in FP32, written to `out` where that is given."""
         frames = slice(start, start + (self.length - 1) * self.stride + 1, self.stride)
-        if self._cache[store]:
-            return self._cache[store][trajectory][frames]
-        return self.stores[store].read(self.field, trajectory, frames).float()
+        if not self._cache[store]:
+            return self._read(self.stores[store], trajectory, frames, out)
+        window = self._cache[store][trajectory][frames]
+        return window if out is None else out.copy_(window)
+
+    def _read(self, store: Store, trajectory: int, frames: slice, out: Tensor | None = None) -> Tensor:
+        if out is None:
+            out = _room((len(range(store.num_times)[frames]), *store.array(self.field).shape[2:]))
+        return store.read(self.field, trajectory, frames, out)
 
     def sample(self, step: int, batch: int, seed: int, rank: int = 0, world: int = 1) -> Batch:
         """The windows of one training step, the same whenever and wherever it is asked for.
 
-        Every ``len(stores)`` steps visit every store once, in an order shuffled anew each time. Within a store the
-        windows are drawn without replacement; an epoch ends when fewer than ``batch`` are left.
+        Stores take turns as their weights say, in an order shuffled anew each round: with equal weights, every
+        ``len(stores)`` steps visit every store once. Within a store the windows are drawn without replacement; an
+        epoch ends when fewer than ``batch`` are left.
 
         Args:
             step: the training step, from 0.
@@ -118,16 +142,23 @@ class Windows:
                 f"Expected step ≥ 0, a batch that is a multiple of world and rank < world, "
                 f"got step {step}, batch {batch}, world {world}, rank {rank}."
             )
-        visit, turn = divmod(step, len(self.stores))
-        store = int(_permutation(len(self.stores), seed, 0, visit)[turn])
+        store, visit = self._turns.at(step, seed)
         epoch, offset = self._epoch(store, visit, batch)
-        order = _permutation(self.num_windows(store), seed, 1 + store, epoch)
+        order = permutation(self.num_windows(store), seed, 1 + store, epoch)
         share = batch // world
         first = offset * batch + rank * share
         which, starts = np.divmod(order[first : first + share], self._num_starts(self.stores[store]))
         trajectories = [self._trajectories[store][i] for i in which]
-        values = torch.stack([self.read(store, i, int(start)) for i, start in zip(trajectories, starts, strict=True)])
+        values = _room((share, self.length, *self.stores[store].array(self.field).shape[2:]))
+        for i, start, out in zip(trajectories, starts, values, strict=True):
+            self.read(store, i, int(start), out)
         return Batch(values, store, torch.tensor(trajectories), torch.from_numpy(starts))
+
+    def check_batch(self, batch: int) -> None:
+        """Refuse a batch that has more windows than one of the stores it is drawn from, with a ValueError."""
+        for store, turns in enumerate(self._turns.counts):
+            if turns:
+                self._epoch(store, 0, batch)
 
     def _epoch(self, store: int, visit: int, batch: int) -> tuple[int, int]:
         """Epoch of a store's ``visit``-th batch, and the number of the batch within it."""
@@ -140,12 +171,19 @@ class Windows:
         return divmod(visit, batches)
 
 
-@lru_cache(maxsize=64)
-def _permutation(n: int, *seed: int) -> np.ndarray:
-    """A shuffled range(n), int64; a function of its arguments only."""
-    order = np.random.default_rng(seed).permutation(n)
-    order.setflags(write=False)
-    return order
+def _room(shape: tuple[int, ...]) -> Tensor:
+    """An FP32 tensor yet to be filled; NumPy asks for huge pages, which torch does not."""
+    return torch.from_numpy(np.empty(shape, np.float32))
+
+
+def _weights(families: Sequence[str], weights: Mapping[str, float]) -> list[float]:
+    """The weight of each store, from those of families."""
+    if not isinstance(weights, Mapping):
+        raise ValueError(f"Expected weights by family, such as {{{families[0]}: 2}}, got {weights!r}.")
+    unknown = sorted(set(weights) - set(families))
+    if unknown:
+        raise ValueError(f"Expected weights of the families {sorted(set(families))}, got one of {unknown[0]!r}.")
+    return [weights.get(family, 1.0) for family in families]
 
 
 def split(num_trajectories: int, held_out: float | int) -> tuple[list[int], list[int]]:

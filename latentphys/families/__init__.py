@@ -1,9 +1,35 @@
-"""Ground truth: kinds of flow, simulated on the library's own complex."""
+"""Ground truth: kinds of physics, simulated on the library's own complex."""
 
-from latentphys.families.channel import OpenChannel
-from latentphys.families.family import Family
+from latentphys.families.acoustics import AcousticScattering, Acoustics
+from latentphys.families.convection import Convection
+from latentphys.families.family import DrivenFlow, Family
 from latentphys.families.navier_stokes import NavierStokes
+from latentphys.families.open_channel import OpenChannel
+from latentphys.families.passive_scalar import PassiveScalar
 from latentphys.families.porous import Porous
+from latentphys.families.reaction_diffusion import GrayScottPatterns, ReactionDiffusion
+from latentphys.families.shallow_water import ShallowWater, ShallowWaterSphere
 from latentphys.families.simulate import simulate
+from latentphys.families.solver import Fields, RungeKutta, Solver
+from latentphys.families.turbulence import Turbulence
 
-__all__ = ["Family", "NavierStokes", "OpenChannel", "Porous", "simulate"]
+__all__ = [
+    "AcousticScattering",
+    "Acoustics",
+    "Convection",
+    "DrivenFlow",
+    "Family",
+    "Fields",
+    "GrayScottPatterns",
+    "NavierStokes",
+    "OpenChannel",
+    "PassiveScalar",
+    "Porous",
+    "ReactionDiffusion",
+    "RungeKutta",
+    "ShallowWater",
+    "ShallowWaterSphere",
+    "Solver",
+    "Turbulence",
+    "simulate",
+]

@@ -1,4 +1,4 @@
-"""What a family of flows is: a box, parameters, solids, a first state and a force, drawn from one seed a trajectory."""
+"""What a family is: a domain, parameters, solids, a first state and a solver, each drawn from one seed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ import torch
 from torch import Tensor
 
 from latentphys import operators
+from latentphys.families.navier_stokes import NavierStokes
+from latentphys.families.solver import Fields, Solver
+from latentphys.fields import VELOCITY, Domain, FieldSpec
 from latentphys.grid import Geometry, Grid
 from latentphys.projection import project
+from latentphys.sphere import Sphere
 
 Parameters = Mapping[str, np.ndarray]
 
@@ -41,43 +45,96 @@ def check_range(name: str, bounds: Sequence[float], low: float, high: float) -> 
 
 
 class Family(ABC):
-    """A kind of incompressible flow that `simulate` can make.
+    """A kind of physics that `simulate` can make.
 
     Attributes:
         name: the family's name in stores and reports.
-        parameter_units: unit of each parameter.
+        specs: its fields, by name.
+        parameter_units: unit of each recorded parameter.
         interval: time between recorded frames [s].
         spin_up: time simulated before the first frame [s].
     """
 
     name: ClassVar[str]
+    specs: ClassVar[Mapping[str, FieldSpec]]
     parameter_units: ClassVar[Mapping[str, str]]
     interval: float
     spin_up: float
 
     @abstractmethod
-    def grid(self, shape: Sequence[int]) -> Grid:
-        """The box with this many cells."""
+    def grid(self, shape: Sequence[int]) -> Domain:
+        """The domain with this many cells, (nx, ny, nz), or points (nlat, nlon) on a sphere."""
 
     @abstractmethod
     def draw(self, seed: int, trajectory: int) -> dict[str, Any]:
-        """The parameters of one trajectory; ``viscosity`` [m²/s] is among them."""
+        """The parameters of one trajectory: numbers, or arrays of a length that all trajectories share."""
 
     def solid(self, grid: Grid, parameters: Mapping[str, Any], seed: int, trajectory: int) -> np.ndarray | None:
         """Solid voxels of one trajectory, or None for an empty box."""
         return None
 
     @abstractmethod
-    def initial(self, geometry: Geometry, parameters: Mapping[str, Any], seed: int, trajectory: int) -> Tensor:
-        """The flux at t = −spin_up, FP64, shape (3, nx, ny, nz), solenoidal."""
+    def initial(self, geometry: Geometry | Sphere, parameters: Mapping[str, Any], seed: int, trajectory: int) -> Fields:
+        """The fields of one trajectory at t = −spin_up, FP64, without a batch axis; fluxes that are solenoidal."""
+
+    @abstractmethod
+    def solver(
+        self,
+        geometry: Geometry | Sphere,
+        parameters: Parameters,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        compiled: bool = False,
+    ) -> Solver:
+        """A solver of a batch.
+
+        Args:
+            geometry: of the batch, (B, …) or shared.
+            parameters: what `draw` gave, one array (B, …) for each name.
+            dtype, device, compiled: as solvers take them.
+        """
+
+    def recorded(self, parameters: Parameters, times: np.ndarray) -> dict[str, np.ndarray]:
+        """The parameters that the store keeps, (B,), (B, k) or (B, time, k); by default all that were drawn."""
+        return dict(parameters)
+
+
+class DrivenFlow(Family):
+    """An incompressible flow driven by a uniform body force: its one field is the velocity flux.
+
+    ``viscosity`` [m²/s] is among the parameters that `draw` returns.
+    """
+
+    specs: ClassVar[Mapping[str, FieldSpec]] = {VELOCITY.name: VELOCITY}
 
     @abstractmethod
     def force(self, parameters: Parameters, time: float) -> np.ndarray:
         """Body force per unit mass of a batch of trajectories at a time, (B, 3) [m/s²]."""
 
-    def recorded(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        """The parameters that the store keeps beside the force; by default all that were drawn."""
-        return dict(parameters)
+    def solver(
+        self,
+        geometry: Geometry | Sphere,
+        parameters: Parameters,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        compiled: bool = False,
+    ) -> NavierStokes:
+        assert isinstance(geometry, Geometry)
+        return NavierStokes(
+            geometry,
+            torch.from_numpy(parameters["viscosity"]),
+            lambda time: torch.from_numpy(self.force(parameters, time)),
+            dtype=dtype,
+            device=device,
+            compiled=compiled,
+        )
+
+    def recorded(self, parameters: Parameters, times: np.ndarray) -> dict[str, np.ndarray]:
+        """The viscosity, and the force at every recorded time."""
+        force = np.stack([self.force(parameters, t) for t in times], axis=1)
+        return {"viscosity": parameters["viscosity"], "force": force}
 
 
 def broadband(geometry: Geometry, rms: float, slope: float, rng: np.random.Generator) -> Tensor:
@@ -91,11 +148,20 @@ def broadband(geometry: Geometry, rms: float, slope: float, rng: np.random.Gener
         slope: exponent of the amplitude; −5/6 gives about an equal share of velocity variance to each octave.
     """
     grid = geometry.grid
-    noise = torch.from_numpy(rng.standard_normal((3, *grid.shape)))
-    frequencies = torch.meshgrid(*(torch.fft.fftfreq(n, 1 / n, dtype=torch.float64) for n in grid.shape), indexing="ij")
-    k = torch.stack(frequencies).square().sum(0).sqrt()
-    amplitude = torch.where(k == 0, 0.0, k.clamp(min=1) ** (slope - 1))
-    noise = torch.fft.ifftn(torch.fft.fftn(noise, dim=(-3, -2, -1)) * amplitude, dim=(-3, -2, -1)).real
+    noise = coloured(rng.standard_normal((3, *grid.shape)), slope - 1)
     flux = project(operators.flux_of(noise, grid), geometry)
     speed2 = operators.velocity(flux, grid).square().sum(-4)[geometry.fluid].mean()
     return flux * (rms / speed2.sqrt())
+
+
+def coloured(noise: np.ndarray, exponent: float) -> Tensor:
+    """White noise (…, nx, ny, nz) whose Fourier modes are multiplied by |k|^exponent, FP64; its mean is zero.
+
+    k is in the box's own mode numbers. An exponent of −3/2 gives an equal share of variance to each octave.
+    """
+    shape = noise.shape[-3:]
+    frequencies = torch.meshgrid(*(torch.fft.fftfreq(n, 1 / n, dtype=torch.float64) for n in shape), indexing="ij")
+    k = torch.stack(frequencies).square().sum(0).sqrt()
+    amplitude = torch.where(k == 0, 0.0, k.clamp(min=1) ** exponent)
+    modes = torch.fft.fftn(torch.from_numpy(noise), dim=(-3, -2, -1))
+    return torch.fft.ifftn(modes * amplitude, dim=(-3, -2, -1)).real

@@ -19,12 +19,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from latentphys import operators
+from latentphys import exact, operators
+from latentphys.families.solver import Fields, RungeKutta
 from latentphys.grid import Geometry
 from latentphys.projection import decompose
-
-RUNGE_KUTTA = ((8 / 15, 0.0), (5 / 12, -17 / 60), (3 / 4, -5 / 12))
-"""Weights (γ, ζ) of the new and the previous right-hand side in each stage."""
+from latentphys.separable import box_poisson
 
 CFL = 1.0
 """Δt Σ_a |u_a| / h_a. The scheme is stable to √3 along the imaginary axis."""
@@ -32,17 +31,21 @@ CFL = 1.0
 DIFFUSION_LIMIT = 2.5
 """Δt times the largest eigenvalue of −νΔ; the scheme is stable to 2.51 along the real axis."""
 
+STORED_TOLERANCE = 1e-9
+"""Net flux left to the fixed-point step in recorded states, relative to the flux; below the solver's FP32 rounding."""
+
 Force = Callable[[float], Float[Tensor, "*batch 3"]]
 
 
-class NavierStokes:
-    """A batch of flows in one box, each with its own solids and viscosity.
+class NavierStokes(RungeKutta):
+    """A batch of flows in one box, each with its own solids and viscosity. Its field is ``velocity``, a flux [m³/s].
 
     Args:
         geometry: the box and its solids, ``batch_shape`` () or (B,).
         viscosity: kinematic viscosity ν [m²/s], a number or one per trajectory (B,).
-        dtype: FP32 or FP64. Good value: FP32; saved states are made exactly conservative in FP64 afterwards.
-        compiled: fuse the right-hand side with `torch.compile`; pays from about a hundred steps.
+        force: body force per unit mass at a time, (B, 3) or (3,) [m/s²]. Default: none.
+        dtype: FP32 or FP64. Good value: FP32; recorded states are made exactly conservative in FP64 afterwards.
+        compiled: fuse the arithmetic with `torch.compile`; pays from about a hundred steps.
         tol: relative tolerance of the projection in voxel geometry.
     """
 
@@ -50,102 +53,121 @@ class NavierStokes:
         self,
         geometry: Geometry,
         viscosity: float | Float[Tensor, " batch"],
+        force: Force | None = None,
+        *,
         dtype: torch.dtype = torch.float32,
         compiled: bool = False,
         tol: float = 1e-3,
         device: torch.device | str = "cpu",
     ) -> None:
+        super().__init__(dtype, device, compiled)
         if any(sum(geometry.grid.open_sides, ())):
             raise ValueError(
                 f"Expected a box of walls and periodic axes, got {geometry.grid.boundaries}; drive the flow by a body "
                 "force."
             )
-        self.geometry, self.tol = geometry.to(device), tol
-        self.viscosity = torch.as_tensor(viscosity, dtype=dtype, device=device).reshape(-1, 1, 1, 1, 1)
-        if not bool((self.viscosity > 0).all()):
-            raise ValueError(f"Expected a positive viscosity [m²/s], got {viscosity}.")
+        self.geometry, self.tol, self.force = geometry.to(device), tol, force
+        self.viscosity = self.positive("viscosity [m²/s]", viscosity)
+        self.areas = geometry.grid.per_face(geometry.grid.face_areas, self.viscosity)
         self.open_faces = self.geometry.open_faces.to(device, dtype)
         self.open_edges = pad(_open_edges(self.geometry).to(device, dtype), (1,) * 6, mode="circular")
         self.drag = _wall_drag(self.geometry).to(device, dtype)
         self.pressure: Tensor | None = None
-        # The C library hands freed memory back, to be faulted in anew at every step, beyond twice the largest block it
-        # has seen come and go. This one, which is never touched, raises that to 32 MiB.
-        torch.empty(2**24, dtype=torch.uint8)
-        self._right_hand_side = torch.compile(_right_hand_side, dynamic=False) if compiled else _right_hand_side
+        self._fused_correction = self.fused(self._correction)
 
-    def stable_step(self, flux: Float[Tensor, "batch 3 nx ny nz"]) -> float:
+    def positive(self, name: str, value: float | Tensor) -> Float[Tensor, "batch 1 1 1 1"]:
+        """A physical parameter of each trajectory, ready to multiply fields of three components.
+
+        Raises:
+            ValueError: a value that is not positive.
+        """
+        tensor = torch.as_tensor(value, dtype=self.dtype, device=self.device).reshape(-1, 1, 1, 1, 1)
+        if not bool((tensor > 0).all()):
+            raise ValueError(f"Expected a positive {name}, got {value}.")
+        return tensor
+
+    def working(self, fields: Fields) -> Fields:
+        return super().working({name: value.contiguous() for name, value in fields.items()})
+
+    def recorded(self, fields: Fields) -> Fields:
+        flux = exact.conserve(flux=fields["velocity"], geometry=self.geometry, tol=STORED_TOLERANCE)
+        return super().recorded(fields) | {"velocity": flux.cpu()}
+
+    def memory(self) -> Fields:
+        return {} if self.pressure is None else {"pressure": self.pressure}
+
+    def remember(self, memory: Fields) -> None:
+        pressure = memory.get("pressure")
+        self.pressure = None if pressure is None else pressure.to(self.device, self.dtype)
+
+    def signal_speed(self, fields: Fields) -> Float[Tensor, "batch 3 nx ny nz"]:
+        """The fastest that anything travels along each axis, beside each face [m/s]."""
+        return (fields["velocity"] / self.areas).abs()
+
+    def diffusion_rate(self) -> float:
+        """The fastest rate at which anything diffuses away [1/s]."""
+        grid = self.geometry.grid
+        spectrum = sum(4 / h**2 for h, n in zip(grid.spacing, grid.shape, strict=True) if n > 1)
+        spectrum += float(self.drag.amax())
+        return float(self.viscosity.amax()) * spectrum
+
+    def stable_step(self, fields: Fields) -> float:
         """The largest stable Δt [s] of the whole batch at this state.
 
         Both limits are quarter axes of an ellipse inside the scheme's region of stability. Their smaller one is not
         enough: at the corner (−2.5 + 1i) a mode grows by 1.48 in every step.
         """
+        spacing = self.geometry.grid.per_face(self.geometry.grid.spacing, self.viscosity)
+        advection = float((self.signal_speed(fields) / spacing).sum(-4).amax())
+        return 1 / math.hypot(advection / CFL, self.diffusion_rate() / DIFFUSION_LIMIT)
+
+    def drive(self, fields: Fields, time: float) -> Fields:
+        if self.force is None:
+            return {}
+        return {"force": self.force(time).to(self.viscosity)[..., None, None, None]}
+
+    def rates(self, fields: Fields, drive: Fields) -> Fields:
+        acceleration = self.momentum(fields["velocity"] / self.areas)
+        if drive:
+            acceleration = acceleration + drive["force"]
+        return {"velocity": acceleration * (self.open_faces * self.areas)}
+
+    def momentum(self, u: Float[Tensor, "batch 3 nx ny nz"]) -> Float[Tensor, "batch 3 nx ny nz"]:
+        """−∇·(u u) + νΔu at each face [m/s²], before the projection and without regard to closed faces."""
+        return _momentum(u, self.viscosity, self.open_edges, self.drag, self.geometry.grid.spacing)
+
+    def residue(self, fields: Fields) -> Fields:
+        if not self.geometry.is_empty:
+            return {}
+        return {"net": operators.stored_div(fields["velocity"], self.geometry.grid)}
+
+    def constrain(self, fields: Fields, residue: Fields, duration: float) -> Fields:
+        flux, geometry = fields["velocity"], self.geometry
+        if geometry.is_empty:
+            solve = box_poisson(geometry.grid, geometry.ends, self.dtype, self.device)
+            return fields | {"velocity": self._fused_correction(flux, solve(residue["net"]))}
+        guess = None if self.pressure is None else self.pressure * duration
+        flux, potential, _ = decompose(flux, geometry, self.tol, guess=guess)
+        self.pressure = potential / duration
+        return fields | {"velocity": flux}
+
+    def _correction(self, flux: Tensor, potential: Tensor) -> Tensor:
+        """F − C ∇φ on the open faces, in one sweep."""
         grid = self.geometry.grid
-        spacing = grid.per_face(grid.spacing, flux)
-        advection = float((operators.velocity(flux, grid).abs() / spacing).sum(-4).amax())
-        spectrum = sum(4 / h**2 for h in grid.spacing) + float(self.drag.amax())
-        diffusion = float(self.viscosity.amax()) * spectrum
-        return 1 / math.hypot(advection / CFL, diffusion / DIFFUSION_LIMIT)
-
-    @torch.no_grad()
-    def step(
-        self, flux: Float[Tensor, "batch 3 nx ny nz"], force: Force, time: float, dt: float
-    ) -> Float[Tensor, "batch 3 nx ny nz"]:
-        """One Runge–Kutta step.
-
-        Args:
-            flux: volume flux through the low faces [m³/s].
-            force: body force per unit mass at a time, (batch, 3) or (3,) [m/s²].
-            time: t [s].
-            dt: Δt [s]; `stable_step` tells the limit.
-        """
-        grid = self.geometry.grid
-        areas = grid.per_face(grid.face_areas, flux)
-        previous = torch.zeros_like(flux)
-        for gamma, zeta in RUNGE_KUTTA:
-            f = force(time).to(flux)[..., None, None, None]
-            rate = self._right_hand_side(
-                flux / areas, self.viscosity, f, self.open_faces, self.open_edges, self.drag, grid.spacing
-            )
-            flux = torch.addcmul(flux, rate, areas, value=gamma * dt)
-            if zeta:
-                flux.addcmul_(previous, areas, value=zeta * dt)
-            stage = (gamma + zeta) * dt
-            guess = None if self.pressure is None else self.pressure * stage
-            flux, potential, _ = decompose(flux, self.geometry, self.tol, guess=guess)
-            self.pressure = potential / stage
-            previous = rate
-            time += stage
-        return flux
-
-    def advance(
-        self, flux: Float[Tensor, "batch 3 nx ny nz"], force: Force, time: float, duration: float
-    ) -> Float[Tensor, "batch 3 nx ny nz"]:
-        """The state `duration` [s] later, in equal steps within the stable limit, which is renewed every few steps."""
-        end = time + duration
-        while end - time > 1e-9 * duration:
-            limit = self.stable_step(flux)
-            steps = max(1, int(-(-(end - time) // limit)))
-            dt = (end - time) / steps
-            for _ in range(min(steps, 8)):
-                flux = self.step(flux, force, time, dt)
-                time += dt
-        if not bool(torch.isfinite(flux).all()):
-            raise FloatingPointError(
-                f"Expected a finite flow, got NaN or infinity near t = {time:.4g} s; refine the grid or force less."
-            )
-        return flux
+        below = pad(potential, (1, 0) * 3, mode="circular")
+        faces = []
+        for axis, conductance in enumerate(grid.conductances):
+            low = below
+            for other in range(3):
+                low = low.narrow(other - 3, 0 if other == axis else 1, grid.shape[other])
+            faces.append(conductance * (potential - low))
+        return flux - torch.stack(faces, dim=1) * self.open_faces
 
 
-def _right_hand_side(
-    u: Tensor,
-    viscosity: Tensor,
-    force: Tensor,
-    open_faces: Tensor,
-    open_edges: Tensor,
-    drag: Tensor,
-    spacing: tuple[float, float, float],
+def _momentum(
+    u: Tensor, viscosity: Tensor, open_edges: Tensor, drag: Tensor, spacing: tuple[float, float, float]
 ) -> Tensor:
-    """−∇·(u u) + νΔu + f on the open faces, from stresses in cells (normal) and on edges (tangential).
+    """−∇·(u u) + νΔu from stresses in cells (normal) and on edges (tangential).
 
     Every momentum flux is the product of two means of neighbours less ν times their difference. Edges that touch a wall
     or a solid have no viscous part; the friction there is `drag`. `open_edges` comes with a ghost layer on every side.
@@ -172,7 +194,7 @@ def _right_hand_side(
             if b != a:
                 rate = rate - _difference(stress[a, b].narrow(a - 3, 0, shape[a]), b) / spacing[b]
         rates.append(rate)
-    return (torch.stack(rates, dim=1) + force - viscosity[:, None] * drag * u) * open_faces
+    return torch.stack(rates, dim=1) - viscosity[:, None] * drag * u
 
 
 def _unit(axis: int, size: int = 1) -> tuple[int, int, int]:

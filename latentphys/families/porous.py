@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from torch import Tensor
 
-from latentphys.families.family import Family, Parameters, broadband, check_range, generator, uniform
+from latentphys.families.family import DrivenFlow, Parameters, broadband, check_range, generator, uniform
+from latentphys.families.solver import Fields
 from latentphys.grid import Geometry, Grid
 
 
@@ -56,7 +56,7 @@ def sphere_pack(
 
 
 @dataclass(frozen=True)
-class Porous(Family):
+class Porous(DrivenFlow):
     """A family of flows through random sphere packs, one pack per trajectory.
 
     Args:
@@ -71,7 +71,7 @@ class Porous(Family):
     """
 
     name: ClassVar[str] = "porous"
-    parameter_units: ClassVar[Mapping[str, str]] = {"viscosity": "m2/s"}
+    parameter_units: ClassVar[Mapping[str, str]] = {"viscosity": "m2/s", "force": "m/s2"}
 
     porosity: Sequence[float] = (0.55, 0.75)
     diameter: Sequence[float] = (0.3, 0.42)
@@ -110,12 +110,9 @@ class Porous(Family):
         rng = generator(seed, trajectory, 2)
         return sphere_pack(grid, parameters["porosity"], parameters["diameter"], rng)
 
-    def initial(self, geometry: Geometry, parameters: Mapping[str, Any], seed: int, trajectory: int) -> Tensor:
-        return broadband(geometry, self.disturbance, -5 / 6, generator(seed, trajectory, 1))
+    def initial(self, geometry: Geometry, parameters: Mapping[str, Any], seed: int, trajectory: int) -> Fields:
+        return {"velocity": broadband(geometry, self.disturbance, -5 / 6, generator(seed, trajectory, 1))}
 
     def force(self, parameters: Parameters, time: float) -> np.ndarray:
         wave = np.cos(2 * np.pi * time / self.period + parameters["force_phase"])
         return parameters["force_mean"] + parameters["force_amplitude"][:, None] / np.sqrt(1.5) * wave
-
-    def recorded(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        return {"viscosity": parameters["viscosity"]}

@@ -1,65 +1,27 @@
-"""Run a family of flows and write it to a store."""
+"""Make a data set: simulate trajectories of a family and write them to a store, by as many workers as there are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import inspect
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from latentphys import exact
 from latentphys.data import create_store
+from latentphys.data.part import Part
 from latentphys.families.family import Family
-from latentphys.families.navier_stokes import NavierStokes
-from latentphys.fields import VELOCITY
-from latentphys.grid import Geometry
+from latentphys.families.jobs import Job, Progress, geometries, stack
+from latentphys.sphere import Sphere
 
-Parameters = Mapping[str, Any]
-
-STORED_TOLERANCE = 1e-9
-"""Net flux left to the fixed-point step in recorded frames, relative to the flux; below the solver's FP32 rounding."""
-
-
-def stack(drawn: Sequence[Parameters]) -> dict[str, np.ndarray]:
-    """One array per parameter from the parameters of several trajectories."""
-    return {name: np.array([p[name] for p in drawn]) for name in drawn[0]}
-
-
-def frames(
-    family: Family,
-    geometry: Geometry,
-    drawn: Sequence[Parameters],
-    first: Tensor,
-    num_frames: int,
-    device: str = "cpu",
-    compiled: bool = False,
-) -> Iterator[Tensor]:
-    """Advance a batch of trajectories from their first states at t = −spin_up.
-
-    Args:
-        geometry: of the batch, (B, …) or shared.
-        drawn: the parameters of each trajectory.
-        first: flux (B, 3, nx, ny, nz) [m³/s].
-
-    Yields:
-        At every recorded time the exactly conservative flux (B, 3, nx, ny, nz) [m³/s], FP64, on the CPU.
-    """
-    batch = stack(drawn)
-    solver = NavierStokes(geometry, torch.from_numpy(batch["viscosity"]), compiled=compiled, device=device)
-
-    def force(time: float) -> Tensor:
-        return torch.from_numpy(family.force(batch, time))
-
-    flux, time = first.to(device, torch.float32), -family.spin_up
-    for frame in range(num_frames):
-        target = frame * family.interval
-        if target > time:
-            flux = solver.advance(flux, force, time, target - time)
-        time = target
-        yield exact.conserve(flux=flux, geometry=solver.geometry, tol=STORED_TOLERANCE).cpu()
+POLL_SECONDS = 0.2
 
 
 def simulate(
@@ -73,59 +35,134 @@ def simulate(
     batch_size: int = 8,
     device: str = "cpu",
     compiled: bool = False,
+    workers: int | str = 1,
+    resume: bool = False,
     overwrite: bool = False,
     provenance: Mapping[str, Any] | None = None,
-    progress: Callable[[int], None] = lambda num_frames: None,
+    progress: Progress = lambda num_frames: None,
 ) -> Path:
     """Simulate trajectories of a family and write them to a Zarr store.
 
     Args:
         out: the store to make.
-        shape: cells per axis (nx, ny, nz).
+        shape: cells per axis (nx, ny, nz), or points (nlat, nlon) on a sphere.
         num_trajectories, num_frames: how many, and how many frames of each.
         seed: of the data set; every trajectory depends on it and on its own index only.
         batch_size: trajectories advanced together; they share Δt.
+        device: ``cpu | cuda``; several workers share the GPUs that there are.
         compiled: fuse the solver with `torch.compile`.
+        workers: processes that share the batches, or the address of a dask cluster (``tcp://…``) that sees the same
+            files. The number of threads of each follows from it, and the last bits of FP32 sums from that.
+        resume: keep what is done when interrupted, in ``.NAME.partial`` beside `out`, and go on from there.
+        provenance: what else the store shall say of its making.
         progress: called with the number of trajectory-frames done since the last call.
 
     Raises:
         ValueError: an existing path without `overwrite`, or a shape the family cannot have.
+        FloatingPointError: a solver that blew up.
     """
     if num_trajectories < 1 or num_frames < 2 or batch_size < 1:
         raise ValueError(
             f"Expected ≥ 1 trajectory of ≥ 2 frames in batches of ≥ 1, got {num_trajectories} of {num_frames} "
             f"in batches of {batch_size}."
         )
-    if len(shape) != 3:
-        raise ValueError(f"Expected a shape of three axes, such as [32, 32, 32], got {list(shape)}.")
-    grid = family.grid(shape)
+    if isinstance(workers, int) and workers < 1:
+        raise ValueError(f"Expected at least one worker, or the address of a dask cluster, got {workers}.")
+    domain = family.grid(shape)
     times = np.arange(num_frames) * family.interval
     drawn = [family.draw(seed, i) for i in range(num_trajectories)]
-    solids = [family.solid(grid, p, seed, i) for i, p in enumerate(drawn)]
-    solid = None if solids[0] is None else torch.from_numpy(np.stack([s for s in solids if s is not None]))
-    everywhere = Geometry(grid, solid)
-    forces = np.stack([family.force(stack(drawn), t) for t in times], axis=1)
+    everywhere = geometries(family, domain, drawn, seed, range(num_trajectories))
+    solid = None if isinstance(everywhere, Sphere) or everywhere.solid is None else everywhere.solid.numpy()
     writer = create_store(
         out,
-        grid=grid,
-        specs={VELOCITY.name: VELOCITY},
+        grid=domain,
+        specs=family.specs,
         family=family.name,
         num_trajectories=num_trajectories,
         times=times,
-        parameters=stack([family.recorded(p) for p in drawn]) | {"force": forces},
-        solid=None if solid is None else solid.numpy(),
-        parameter_units={**family.parameter_units, "force": "m/s2"},
+        parameters=family.recorded(stack(drawn), times),
+        solid=solid,
+        parameter_units=family.parameter_units,
         provenance={"seed": seed, "exact": True, **(provenance or {})},
+        attributes={"about": inspect.getdoc(sys.modules[type(family).__module__]) or ""},
         overwrite=overwrite,
+        resume=resume,
     )
+    starts = range(0, num_trajectories, batch_size)
+    members = [tuple(range(start, min(start + batch_size, num_trajectories))) for start in starts]
+    alone = isinstance(workers, int) and min(workers, len(members)) == 1
+    threads = None if alone else 1 if isinstance(workers, str) else max(1, (os.cpu_count() or 1) // workers)
+    jobs = [
+        Job(family, tuple(shape), seed, own, num_frames, _device(device, k), compiled, threads)
+        for k, own in enumerate(members)
+    ]
     with writer:
-        for start in range(0, num_trajectories, batch_size):
-            members = range(start, min(start + batch_size, num_trajectories))
-            geometry = everywhere[start : members.stop]
-            first = torch.stack([family.initial(everywhere[i], drawn[i], seed, i) for i in members])
-            run = frames(family, geometry, drawn[start : members.stop], first, num_frames, device, compiled)
-            for t, fluxes in enumerate(run):
-                for i, flux in zip(members, fluxes, strict=True):
-                    writer.write("velocity", i, t, flux)
-                progress(len(members))
+        if alone:
+            part = writer.part()
+            for job in jobs:
+                job.run(part, progress)
+        elif isinstance(workers, str):
+            _on_cluster(jobs, writer.part(), workers, progress)
+        else:
+            _in_processes(jobs, writer.part(), workers, progress)
     return Path(out)
+
+
+def _device(device: str, index: int) -> str:
+    """The GPU of a job, where there are several."""
+    return f"cuda:{index % torch.cuda.device_count()}" if device == "cuda" else device
+
+
+def _run(job: Job, part: Part, report: Progress) -> None:
+    """One job in a process of its own, or on a cluster."""
+    try:
+        job.run(part, report)
+    finally:
+        part.close()
+
+
+def _in_processes(jobs: Sequence[Job], part: Part, workers: int, progress: Progress) -> None:
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        done = manager.Queue()
+        pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context)
+        try:
+            _wait([pool.submit(_run, job, part, done.put) for job in jobs], partial(_drain, done, progress))
+        except BaseException:
+            # without this the processes would finish the jobs that they have begun
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _wait(futures: Sequence[Future[None]], look: Callable[[], None]) -> None:
+    """Until all are done or one has failed."""
+    waiting = set(futures)
+    while waiting:
+        finished, waiting = wait(waiting, POLL_SECONDS, FIRST_COMPLETED)
+        look()
+        for future in finished:
+            future.result()
+
+
+def _drain(done: Any, progress: Progress) -> None:
+    while not done.empty():
+        progress(done.get())
+
+
+def _on_cluster(jobs: Sequence[Job], part: Part, address: str, progress: Progress) -> None:
+    try:
+        from dask.distributed import Client, as_completed
+    except ImportError as error:
+        raise ValueError(f"Expected dask.distributed for {address!r}, got none; pip install distributed.") from error
+    with Client(address) as client:
+        futures = {client.submit(_run, job, part, _ignore, pure=False): job for job in jobs}
+        for future in as_completed(futures):
+            future.result()
+            progress(len(futures[future].members) * futures[future].num_frames)
+
+
+def _ignore(num_frames: int) -> None:
+    """Progress that nobody watches."""

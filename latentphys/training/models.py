@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from latentphys.autoencoders import Autoencoder, FamilyScale
-from latentphys.data import Store
-from latentphys.training.checkpoint import open_checkpoint
+from latentphys.data import Store, compute_statistics
+from latentphys.training.checkpoint import Checkpoint, open_checkpoint
 from latentphys.transformer.conditioning import NUM_GEOMETRY_CHANNELS, Conditioning
 from latentphys.transformer.dynamics import Dynamics
 
@@ -52,14 +52,22 @@ def _check_classes(config: Any, path: Path) -> None:
             _check_classes(value, path)
 
 
-def new_autoencoder(config: Config, stores: Sequence[Store]) -> Autoencoder:
-    """An untrained autoencoder scaled to the statistics of some stores.
+def new_autoencoder(
+    config: Config,
+    stores: Sequence[Store],
+    trajectories: Sequence[Sequence[int]] | None = None,
+    scales: Mapping[str, FamilyScale] | None = None,
+) -> Autoencoder:
+    """An untrained autoencoder for some stores, scaled to their statistics.
+
+    Args:
+        trajectories: per store those that the scales are measured in. Default: all.
+        scales: family → its scale. Default: measured, which reads the trajectories once.
 
     Raises:
-        ValueError: a store without a velocity, a head whose fluxes do not obey the velocity's constraint, or a grid
-            that the compression does not divide.
+        ValueError: a store without face fluxes of a velocity, fluxes that are at rest or not finite, a head whose
+            fluxes do not obey the velocity's constraint, or a grid that the compression does not divide.
     """
-    scales = {}
     for store in stores:
         if "velocity" not in store.specs:
             raise ValueError(f"Expected a field 'velocity' in {store.path}, got {sorted(store.specs)}.")
@@ -68,8 +76,7 @@ def new_autoencoder(config: Config, stores: Sequence[Store]) -> Autoencoder:
                 f"Expected face fluxes of the velocity in {store.path}, got a {store.specs['velocity'].kind} in cells; "
                 "convert the store with latentphys.data.relayout."
             )
-        scales[store.family] = FamilyScale.from_statistics(store.grid, store.statistics()["velocity"])
-    model: Autoencoder = build(config, scales=scales)
+    model: Autoencoder = build(config, scales={})
     for store in stores:
         model.latent_shape(store.grid)
         wanted, head = store.specs["velocity"].constraint, model.head
@@ -78,12 +85,31 @@ def new_autoencoder(config: Config, stores: Sequence[Store]) -> Autoencoder:
                 f"Expected a head for the {wanted} velocity in {store.path}, got {type(head).__name__}, whose fluxes "
                 f"have the constraint {head.constraint!r}; choose another autoencoder/head."
             )
+    model.scales.update(_scales(stores, trajectories) if scales is None else scales)
     return model
+
+
+def _scales(stores: Sequence[Store], trajectories: Sequence[Sequence[int]] | None) -> dict[str, FamilyScale]:
+    """The scale of each family, from some trajectories of its store."""
+    result = {}
+    for n, store in enumerate(stores):
+        statistics = (
+            store.statistics()
+            if trajectories is None
+            else compute_statistics(store, trajectories[n], fields=["velocity"])
+        )
+        result[store.family] = FamilyScale.from_statistics(store.grid, statistics["velocity"])
+    return result
 
 
 def autoencoder_extra(model: Autoencoder) -> dict[str, Any]:
     """What an autoencoder's checkpoint must know beside the weights."""
     return {"scales": {family: scale.to_dict() for family, scale in model.scales.items()}}
+
+
+def checkpoint_scales(checkpoint: Checkpoint) -> dict[str, FamilyScale]:
+    """The scales that `autoencoder_extra` wrote."""
+    return {family: FamilyScale.from_dict(data) for family, data in checkpoint.extra["scales"].items()}
 
 
 def load_autoencoder(path: str | Path) -> Autoencoder:
@@ -94,8 +120,7 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
     """
     checkpoint = open_checkpoint(path, "autoencoder")
     _check_classes(checkpoint.config, checkpoint.path)
-    scales = {family: FamilyScale.from_dict(data) for family, data in checkpoint.extra["scales"].items()}
-    model: Autoencoder = build(checkpoint.config, scales=scales)
+    model: Autoencoder = build(checkpoint.config, scales=checkpoint_scales(checkpoint))
     checkpoint.load_into(model)
     return model.eval()
 

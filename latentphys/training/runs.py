@@ -13,8 +13,8 @@ from torch import Tensor
 from latentphys.data import Store, Windows, open_store, split
 from latentphys.rollout import num_intervals
 from latentphys.routers import BiasBalance
-from latentphys.training.checkpoint import open_checkpoint
-from latentphys.training.models import build, load_autoencoder, new_autoencoder, new_dynamics
+from latentphys.training.checkpoint import LAST, Checkpoint, open_checkpoint
+from latentphys.training.models import build, checkpoint_scales, load_autoencoder, new_autoencoder, new_dynamics
 from latentphys.training.tasks import AutoencoderTask, DynamicsTask
 from latentphys.training.trainer import Trainer
 from latentphys.transformer.conditioning import Conditioning
@@ -27,16 +27,27 @@ def train_autoencoder(config: Config) -> Path:
     stores = _open(config["stores"])
     _check_families(stores)
     trainer: Trainer = build(config["trainer"])
+    loss = build(config["loss"])
     torch.manual_seed(trainer.seed)
-    model = new_autoencoder(config["autoencoder"], stores)
     train, test = _split(stores, config["held_out"])
-    model.fit_patches(
-        {store.family: (store.grid, _sample(store, chosen)) for store, chosen in zip(stores, train, strict=True)}
-    )
+    windows = Windows(stores, "velocity", 1, trajectories=train, weights=config["weights"])
+    windows.check_batch(trainer.batch_size)
+    before = _checkpoint(config, "autoencoder")
+    if before is None:
+        model = new_autoencoder(config["autoencoder"], stores, train)
+        model.fit_patches(
+            {store.family: (store.grid, _sample(store, chosen)) for store, chosen in zip(stores, train, strict=True)}
+        )
+    else:
+        model = new_autoencoder(config["autoencoder"], stores, scales=checkpoint_scales(before))
+        for store in stores:
+            model.scale(store.family).check(store.grid)
+    if config["cache"]:
+        windows.hold()
     task = AutoencoderTask(
         model,
-        build(config["loss"]),
-        Windows(stores, "velocity", 1, trajectories=train, cache=config["cache"]),
+        loss,
+        windows,
         Windows(stores, "velocity", 1, trajectories=test),
         config["autoencoder"],
     )
@@ -64,20 +75,23 @@ def train_dynamics(config: Config) -> Path:
     torch.manual_seed(trainer.seed)
     settings = config["dynamics_training"]
     train, test = _split(stores, config["held_out"])
-    conditioning = Conditioning.fit(sources)
+    conditioning = Conditioning.fit(sources, train)
     intervals = {store.family: _interval(store, settings) for store in stores}
     dynamics = new_dynamics(config["dynamics"], autoencoder.latent_channels, conditioning, intervals)
-    dynamics.fit_scales(stores, train, settings["stride"])
     length = dynamics.num_frames + settings["unroll"]
-
-    def windows(trajectories: Sequence[Sequence[int]]) -> Windows:
-        return Windows(stores, "latent", length, settings["stride"], trajectories, cache=True)
-
+    train_windows, test_windows = (
+        Windows(stores, "latent", length, settings["stride"], chosen, weights=weights)
+        for chosen, weights in ((train, config["weights"]), (test, None))
+    )
+    train_windows.check_batch(trainer.batch_size)
+    train_windows.hold()
+    test_windows.hold()
+    dynamics.fit_scales(stores, train, settings["stride"])
     task = DynamicsTask(
         dynamics,
         autoencoder,
-        windows(train),
-        windows(test),
+        train_windows,
+        test_windows,
         sources,
         config["dynamics"],
         open_checkpoint(checkpoints[0], "autoencoder").config,
@@ -87,6 +101,12 @@ def train_dynamics(config: Config) -> Path:
         balance_loss=settings["balance_loss"],
     )
     return trainer.fit(task, Path(config["run"]), config, config["resume"])
+
+
+def _checkpoint(config: Config, kind: str) -> Checkpoint | None:
+    """The newest checkpoint of a run that goes on."""
+    run = Path(config["run"])
+    return open_checkpoint(run, kind) if config["resume"] and (run / LAST).is_file() else None
 
 
 def _check_families(stores: Sequence[Store]) -> None:

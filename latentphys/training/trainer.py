@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentphys.data import Batch
+from latentphys.data import Batch, Batches
+from latentphys.data.batches import ahead
 from latentphys.training import checkpoint
 from latentphys.training.tasks import Output, Task
 
@@ -101,8 +102,7 @@ class Trainer:
                 f"Expected a batch size that is a multiple of the {accelerator.num_processes} processes, "
                 f"got {self.batch_size}."
             )
-        for step in range(len(task.stores())):  # one of each store: a batch that is too large is refused here
-            self._batch(task, step, accelerator)
+        task.train_windows.check_batch(self.batch_size)
         optimizer = torch.optim.AdamW(self._parameter_groups(task), lr=self.learning_rate)
         first = self._resume(task, optimizer, run) if resume else 0
         wrapped, prepared = accelerator.prepare(task, optimizer)
@@ -116,11 +116,12 @@ class Trainer:
         last = run / f"step-{max(first, self.num_steps):06d}"
         with _progress(main) as bar:
             line = bar.add_task(f"train {task.kind}", total=self.num_steps, completed=first, figures="")
-            for step in range(first, self.num_steps):
+            steps = range(first, self.num_steps)
+            for step, sampled in zip(steps, ahead(self._sample(task, accelerator), steps), strict=True):
+                batch = sampled.to(accelerator.device)
                 for group in prepared.param_groups:
                     group["lr"] = self.learning_rate * learning_rate_factor(step, self.num_steps, self.warmup)
                 torch.manual_seed(_seed(self.seed, step, accelerator.process_index))
-                batch = self._batch(task, step, accelerator)
                 wrapped.train()
                 with accelerator.autocast():
                     output: Output = wrapped(batch)
@@ -153,7 +154,7 @@ class Trainer:
         windows = task.test_windows
         size = min(self.batch_size, *(windows.num_windows(s) for s in range(len(windows.stores))))
         for step in range(self.test_batches * len(windows.stores)):
-            output = task(_to(windows.sample(step, size, TEST_SEED), accelerator.device))
+            output = task(windows.sample(step, size, TEST_SEED).to(accelerator.device))
             for name, value in _numbers(output.figures).items():
                 sums.setdefault(name, []).append(value)
         return {name: sum(values) / len(values) for name, values in sums.items()}
@@ -165,10 +166,11 @@ class Trainer:
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
 
-    def _batch(self, task: Task, step: int, accelerator: Any) -> Batch:
+    def _sample(self, task: Task, accelerator: Any) -> Callable[[int], Batch]:
+        """Training step → its windows, in main memory."""
         rank, world = accelerator.process_index, accelerator.num_processes
-        batch = task.train_windows.sample(step, self.batch_size, self.seed, rank, world)
-        return _to(batch, accelerator.device)
+        batches = Batches(task.train_windows, self.batch_size, self.seed, rank, world)
+        return (lambda step: batches[step].pin_memory()) if accelerator.device.type == "cuda" else batches.__getitem__
 
     @staticmethod
     def _check(loss: Tensor, norm: Tensor, step: int, batch: Batch, accelerator: Any) -> None:
@@ -232,10 +234,6 @@ def _step_of(line: str) -> float:
 def _seed(seed: int, step: int, rank: int) -> int:
     """A seed for the random numbers of one step on one rank."""
     return (seed * 1_000_003 + step) * 1_009 + rank
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    return Batch(batch.values.to(device, non_blocking=True), batch.store, batch.trajectories, batch.starts)
 
 
 def _numbers(figures: Mapping[str, Any]) -> dict[str, float]:

@@ -57,11 +57,20 @@ class Conditioning:
     parameters: list[Parameter]
 
     @classmethod
-    def fit(cls, stores: Sequence[Store]) -> Conditioning:
-        """Names, sizes and scales of all parameters in some stores."""
+    def fit(cls, stores: Sequence[Store], trajectories: Sequence[Sequence[int]] | None = None) -> Conditioning:
+        """Names, sizes and scales of all parameters in some stores.
+
+        Args:
+            trajectories: per store those whose parameters set the scales. Default: all.
+        """
         parameters = []
+        chosen = trajectories or [range(len(store)) for store in stores]
         for name in sorted({name for store in stores for name in store.parameters}):
-            arrays = [store.parameters[name] for store in stores if name in store.parameters]
+            arrays = [
+                store.parameters[name][list(some)]
+                for store, some in zip(stores, chosen, strict=True)
+                if name in store.parameters
+            ]
             sizes = {1 if a.ndim == 1 else a.shape[-1] for a in arrays}
             if len(sizes) > 1:
                 raise ValueError(f"Expected parameter {name!r} of one size in all stores, got {sorted(sizes)}.")

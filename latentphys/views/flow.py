@@ -56,7 +56,7 @@ def draw_volume(state: State, scale: Scale, pixels: int = 1000) -> pyvista.Plott
         scene.image_data(state.grid, corners={"speed": speed}),
         scalars="speed",
         opacity=255 * np.linspace(0, 1, 256) ** 1.5,
-        opacity_unit_distance=0.12 * min(state.grid.lengths),
+        opacity_unit_distance=0.12 * state.grid.shortest_side,
         shade=False,
         **_colors(scale.volume),
     )

@@ -13,14 +13,17 @@ import numpy as np
 from jaxtyping import Int
 
 from latentphys.data import Store
-from latentphys.fields import State
+from latentphys.fields import FieldSpec, State
+from latentphys.sphere import Sphere
 from latentphys.views import flow, slices
+from latentphys.views.cuts import cuts
 from latentphys.views.movie import can_write_mp4, frames, write_gif, write_mp4
 from latentphys.views.routing import export_vti, routing_map
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_PLANE = "the plane of cells through the middle of the box"
 _STEPS = (1, 4, 8, 16)
 _MOST_FRAMES = 32
 
@@ -65,8 +68,9 @@ def render(
 ) -> list[Picture]:
     """Draw one trajectory: volume, surfaces, stream lines around solids, slices, routing and a movie.
 
-    Besides the pictures it writes the last state as VTK image data (.vti), and the movie as MP4 too where
-    imageio-ffmpeg is installed. File names begin with the family; files of the same name are replaced.
+    Of fields other than a velocity flux in three dimensions there are slices, or maps of a sphere. Besides the pictures
+    it writes the last state as VTK image data (.vti), and the movie as MP4 too where imageio-ffmpeg is installed. File
+    names begin with the family; files of the same name are replaced.
 
     Args:
         store: a store of fields or a rollout.
@@ -94,7 +98,7 @@ def render(
     what = "rollout" if is_rollout else "data"
 
     times = _slice_times(store.num_times, is_rollout)
-    shown, true = _Frames(store, trajectory, times), _truth(store, reference, trajectory, times)
+    shown = _Frames(store, trajectory, times)
     last = store[trajectory, -1]
     now = f"Family {store.family}, {what}, trajectory {trajectory}, t = {last.time:.3g} s."
     pictures = []
@@ -105,7 +109,18 @@ def render(
             figure.savefig(partial, bbox_inches="tight", pad_inches=0.05)
         pictures.append(Picture(path, f"{store.family}: {title}", caption))
 
-    cut = "The speed |u| on the plane of cells through the middle of the box, at one scale for all times."
+    velocity = store.specs.get("velocity")
+    has_flow = velocity is not None and velocity.kind == "flux" and min(store.domain.shape) > 1
+    for spec in store.specs.values():
+        if not (has_flow and spec is velocity):
+            everywhere = "the whole sphere, an equal-area map" if isinstance(store.domain, Sphere) else _PLANE
+            caption = f"{_said(spec)} on {everywhere}, at one scale for all times."
+            save(f"{spec.name}_slices", f"{spec.name.replace('_', ' ')} over time", caption, cuts(shown, spec))
+    if not has_flow:
+        return pictures
+
+    true = _truth(store, reference, trajectory, times)
+    cut = f"The speed |u| on {_PLANE}, at one scale for all times."
     if true is not None:
         compared = f"{cut} From left to right: truth, rollout, and the magnitude of the difference of their velocities."
         save("slices", "truth, rollout and error", compared, slices.slices(true, shown))
@@ -164,9 +179,14 @@ def _check(store: Store, reference: Store | None) -> bool:
         )
     if reference is not None and kind != "rollout":
         raise ValueError(f"Expected a rollout to compare with a reference, got a store of {kind} in {store.path}.")
-    if reference is not None and reference.grid != store.grid:
-        raise ValueError(f"Expected a reference on the grid of the rollout, {store.grid}, got {reference.grid}.")
+    if reference is not None and reference.domain != store.domain:
+        raise ValueError(f"Expected a reference on the grid of the rollout, {store.domain}, got {reference.domain}.")
     return kind == "rollout"
+
+
+def _said(spec: FieldSpec) -> str:
+    name = spec.name.replace("_", " ")
+    return f"The {name}" if spec.kind == "scalar" else f"The magnitude of the {name}"
 
 
 def _index(value: int, size: int, what: str) -> int:

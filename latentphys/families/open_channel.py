@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from latentphys import operators
-from latentphys.families.family import Family, Parameters, broadband, check_range, generator, uniform
+from latentphys.families.family import DrivenFlow, Parameters, broadband, check_range, generator, uniform
+from latentphys.families.solver import Fields
 from latentphys.grid import Boundaries, Geometry, Grid
 
 
@@ -30,7 +31,7 @@ def reichardt(z_plus: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class OpenChannel(Family):
+class OpenChannel(DrivenFlow):
     """A family of turbulent open-channel flows.
 
     Args:
@@ -41,8 +42,8 @@ class OpenChannel(Family):
         spin_up: time before the first frame [H/u_τ].
     """
 
-    name: ClassVar[str] = "channel"
-    parameter_units: ClassVar[Mapping[str, str]] = {"viscosity": "m2/s"}
+    name: ClassVar[str] = "open_channel"
+    parameter_units: ClassVar[Mapping[str, str]] = {"viscosity": "m2/s", "force": "m/s2"}
 
     reynolds: Sequence[float] = (180.0, 180.0)
     lengths: Sequence[float] = (np.pi, np.pi / 2, 1.0)
@@ -64,13 +65,13 @@ class OpenChannel(Family):
     def draw(self, seed: int, trajectory: int) -> dict[str, Any]:
         return {"viscosity": 1.0 / uniform(self.reynolds, generator(seed, trajectory, 0))}
 
-    def initial(self, geometry: Geometry, parameters: Mapping[str, Any], seed: int, trajectory: int) -> Tensor:
+    def initial(self, geometry: Geometry, parameters: Mapping[str, Any], seed: int, trajectory: int) -> Fields:
         grid = geometry.grid
         z = (torch.arange(grid.shape[2], dtype=torch.float64) + 0.5) * grid.spacing[2]
         u = torch.zeros(3, *grid.shape, dtype=torch.float64)
         u[0] = reichardt(z / parameters["viscosity"])
         disturbance = broadband(geometry, self.disturbance, -5 / 6, generator(seed, trajectory, 1))
-        return operators.flux_of(u, grid) + disturbance
+        return {"velocity": operators.flux_of(u, grid) + disturbance}
 
     def force(self, parameters: Parameters, time: float) -> np.ndarray:
         return np.tile([1.0, 0.0, 0.0], (len(parameters["viscosity"]), 1))

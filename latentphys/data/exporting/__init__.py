@@ -1,0 +1,5 @@
+"""Stores written in the layouts of others."""
+
+from latentphys.data.exporting.well import export_well
+
+__all__ = ["export_well"]
