@@ -32,7 +32,7 @@ from latentphys.autoencoders.layers import geometry_features
 from latentphys.autoencoders.normaliser import FamilyScale
 from latentphys.configuration import compose
 from latentphys.families import OpenChannel, Porous
-from latentphys.families.porous import sphere_pack
+from latentphys.families.media import sphere_pack
 from latentphys.grid import Geometry, Grid
 from latentphys.training.models import build
 

@@ -23,7 +23,7 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from latentphys import operators, pressure
-from latentphys.families.porous import sphere_pack
+from latentphys.families.media import sphere_pack
 from latentphys.grid import Geometry, Grid
 from latentphys.multigrid import Multigrid
 from latentphys.separable import box_poisson

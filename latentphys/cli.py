@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from latentphys.cli_exchange import add_verbs
+
 DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -231,6 +233,8 @@ def _print_nested(description: dict[str, Any], indent: str = "") -> None:
         if isinstance(value, dict):
             print(f"{indent}{name}")
             _print_nested(value, indent + "  ")
+        elif "\n" in str(value):
+            print(f"{indent}{name}", *(f"{indent}  {text}".rstrip() for text in str(value).splitlines()), sep="\n")
         else:
             print(f"{indent}{name:<{width}}  {value}")
 
@@ -271,7 +275,7 @@ def parser() -> argparse.ArgumentParser:
 
     def verb(run: Callable[[argparse.Namespace], int], summary: str, epilog: str = "") -> argparse.ArgumentParser:
         sub = verbs.add_parser(
-            run.__name__,
+            run.__name__.strip("_").replace("_", "-"),
             help=summary,
             description=summary[0].upper() + summary[1:] + ".",
             epilog=epilog,
@@ -290,9 +294,12 @@ def parser() -> argparse.ArgumentParser:
         "overrides",
         nargs="*",
         metavar="KEY=VALUE",
-        help="Hydra overrides: family=open_channel|porous, "
-        "size=tiny|small|base, grid.shape, trajectories, frames, seed, out, device, overwrite, family.…",
+        help="Hydra overrides: family=open_channel|porous|convection|passive_scalar|mhd|turbulence|reaction_diffusion|"
+        "acoustics|shallow_water_sphere, size=tiny|small|base, grid.shape, trajectories, frames, seed, out, batch_size,"
+        " workers, device, compile, resume, overwrite, and the family's own settings, family.…",
     )
+
+    add_verbs(verb)
 
     sub = verb(
         train,

@@ -49,6 +49,7 @@ def _store(path: Path) -> dict[str, Any]:
         "made by": known or "unknown",
         "checksums": f"CRC-32 of {len(store.attributes['checksums'])} arrays",
         "size on disk [MB]": round(sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) / 1e6, 1),
+        **({"physics": store.attributes["about"]} if store.attributes.get("about") else {}),
     }
 
 

@@ -15,6 +15,13 @@ h5py = pytest.importorskip("h5py")
 LENGTHS = (1.0, 2.0, 0.5)
 
 
+def written(path: Path) -> Any:
+    """A new file, open for writing; one of that name that somebody still has open stays as it is, without a name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    return h5py.File(path, "w")
+
+
 def points(number: int, length: float = 1.0) -> np.ndarray:
     """Centres of cells."""
     return (np.arange(number) + 0.5) * (length / number)
@@ -49,8 +56,7 @@ def well(
         "stress": stress + np.swapaxes(stress, -1, -2),
         **(fields or {}),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with h5py.File(path, "w") as file:
+    with written(path) as file:
         file.attrs.update({"dataset_name": "stirred tank", "grid_type": "cartesian"})
         file.attrs.update({"n_spatial_dims": d, "n_trajectories": count, "viscosity": 0.25})
         file.attrs["simulation_parameters"] = ["viscosity"]
@@ -105,7 +111,7 @@ def _varying(dataset: Any, sample: bool = False, time: bool | None = None, dims:
 
 def pdebench_flow(path: Path, shape: Sequence[int] = (6, 4), count: int = 2, num_frames: int = 3) -> Path:
     """Compressible flow: one array per component, and one time more than frames."""
-    with h5py.File(path, "w") as file:
+    with written(path) as file:
         file.attrs.update({"eta": 0.01, "zeta": 0.01, "M": 0.1})
         for i, name in enumerate(["density", "pressure", "Vx", "Vy", "Vz"][: 2 + len(shape)]):
             file[name] = numbers(count, num_frames, *shape, seed=i)
@@ -117,7 +123,7 @@ def pdebench_flow(path: Path, shape: Sequence[int] = (6, 4), count: int = 2, num
 
 def pdebench_scalar(path: Path, n: int = 8, count: int = 2, num_frames: int = 3) -> Path:
     """A scalar equation in 1D."""
-    with h5py.File(path, "w") as file:
+    with written(path) as file:
         file["tensor"] = numbers(count, num_frames, n)
         file["x-coordinate"], file["t-coordinate"] = points(n), np.linspace(0, 1, num_frames + 1)
     return path
@@ -125,7 +131,7 @@ def pdebench_scalar(path: Path, n: int = 8, count: int = 2, num_frames: int = 3)
 
 def pdebench_darcy(path: Path, n: int = 6, count: int = 3) -> Path:
     """Steady flow through a permeability."""
-    with h5py.File(path, "w") as file:
+    with written(path) as file:
         file.attrs["beta"] = 1.0
         file["tensor"], file["nu"] = numbers(count, 1, n, n), numbers(count, n, n, seed=1)
         file["x-coordinate"] = file["y-coordinate"] = points(n)
@@ -134,7 +140,7 @@ def pdebench_darcy(path: Path, n: int = 6, count: int = 3) -> Path:
 
 def pdebench_groups(path: Path, shape: Sequence[int] = (6, 4), count: int = 3, channels: int = 1) -> Path:
     """A group per trajectory with its own grid, times and configuration."""
-    with h5py.File(path, "w") as file:
+    with written(path) as file:
         for i in range(count):
             group = file.create_group(f"{i:04d}")
             group["data"] = numbers(3, *shape, channels, seed=i)
@@ -148,7 +154,7 @@ def pdebench_groups(path: Path, shape: Sequence[int] = (6, 4), count: int = 3, c
 
 def pdebench_incompressible(path: Path, shape: Sequence[int] = (6, 4), count: int = 2, num_frames: int = 3) -> Path:
     """Incompressible flow with the force that drives it and particles that show it."""
-    with h5py.File(path, "w") as file:
+    with written(path) as file:
         file["velocity"] = numbers(count, num_frames, *shape, 2)
         file["particles"] = numbers(count, num_frames, *shape, 1, seed=1)
         file["force"] = numbers(count, *shape, 2, seed=2)
@@ -158,7 +164,6 @@ def pdebench_incompressible(path: Path, shape: Sequence[int] = (6, 4), count: in
 
 def dpot(path: Path, shape: Sequence[int] = (6, 4, 3, 2), seed: int = 0) -> Path:
     """One array, (x y t c) or with samples before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with h5py.File(path, "w") as file:
+    with written(path) as file:
         file["data"] = numbers(*shape, seed=seed)
     return path

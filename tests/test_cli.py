@@ -15,7 +15,7 @@ from latentphys.cli import main
 from latentphys.data import open_store
 from latentphys.info import describe
 
-VERBS = ("simulate", "train", "encode", "rollout", "validate", "render", "info", "demo")
+VERBS = ("simulate", "import", "export-data", "train", "encode", "rollout", "validate", "render", "info", "demo")
 TINY = ["size=tiny", "grid.shape=[8,8,8]", "frames=2", "family.spin_up=0.0"]
 Refusal = Callable[..., str]
 
@@ -246,7 +246,7 @@ def test_wrong_options(road: Road, refusal: Refusal, tmp_path: Path, monkeypatch
     assert "Expected a device of auto | c" in refusal("simulate", "device=gpu")
     assert "≥ 2 frames" in refusal("simulate", "frames=1")
     assert "a shape of three axes" in refusal("simulate", "grid.shape=[16,16]")
-    assert "Expected a range of porosities" in refusal("simulate", "family=porous", "family.porosity=[0.1,0.2]")
+    assert "Expected a range of porosities" in refusal("simulate", "family=porous", "family.medium.porosity=[0.1,0.2]")
     field = road.fields["porous"]
     assert "Expected num_steps ≥ 1" in refusal(
         "train", *arguments("autoencoder", [field], tmp_path, "trainer.num_steps=0")

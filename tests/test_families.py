@@ -1,59 +1,17 @@
 """Families of flows: packs of spheres, draws, first states, and the data sets made of them."""
 
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from scipy.spatial import cKDTree
 
 from latentphys import operators
 from latentphys.data import open_store
 from latentphys.families import Family, Fields, NavierStokes, OpenChannel, Porous, simulate
 from latentphys.families.open_channel import reichardt
-from latentphys.families.porous import sphere_pack
 from latentphys.grid import Geometry, Grid
-
-
-class Recorder(np.random.Generator):
-    """Random numbers that remember the centres they proposed."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__(np.random.PCG64(seed))
-        self.proposed: list[np.ndarray] = []
-
-    def random(self, *args: object, **kwargs: object) -> np.ndarray:  # type: ignore[override]
-        self.proposed.append(super().random(*args, **kwargs))  # type: ignore[call-overload]
-        return self.proposed[-1]
-
-
-@pytest.mark.parametrize("overlap", [0.0, 0.15])
-def test_a_pack_is_the_balls_that_kept_their_distance(overlap: float) -> None:
-    """Against a periodic k-d tree; the pack is as dense as asked for, by less than the last ball."""
-    grid, diameter, porosity = Grid((20, 24, 16), (0.05, 0.05, 0.05)), 0.35, 0.75
-    rng, lengths = Recorder(3), np.array(grid.lengths)
-    solid = sphere_pack(grid, porosity, diameter, rng, overlap=overlap)
-    kept: list[np.ndarray] = []
-    for centre in (proposal * lengths for proposal in rng.proposed):
-        if not kept or cKDTree(kept, boxsize=lengths).query(centre)[0] >= (1 - overlap) * diameter:
-            kept.append(centre)
-    at = np.stack(np.meshgrid(*((np.arange(n) + 0.5) * 0.05 for n in grid.shape), indexing="ij"), axis=-1)
-    assert np.array_equal(solid, cKDTree(kept, boxsize=lengths).query(at)[0] < diameter / 2)
-    ball = math.pi / 6 * diameter**3 / math.prod(grid.lengths)
-    assert porosity - 1.1 * ball < 1 - solid.mean() <= porosity
-    if overlap == 0.0:
-        assert solid.mean() == pytest.approx(len(kept) * ball, rel=0.03)
-
-
-def test_a_pack_that_cannot_be_says_so() -> None:
-    grid = Grid((16, 16, 16), (1 / 16,) * 3)
-    message = (
-        r"porosity of 0.20 with spheres of diameter 0.4 m, stopped at 0.\d\d after 50 placements; allow more overlap"
-    )
-    with pytest.raises(ValueError, match=message):
-        sphere_pack(grid, 0.2, 0.4, np.random.default_rng(0), overlap=0.0, tries=50)
 
 
 @pytest.mark.parametrize(
@@ -66,12 +24,6 @@ def test_a_pack_that_cannot_be_says_so() -> None:
             r"range of Re_τ, two numbers with 0 < a ≤ b < inf, got \[200.0, 100.0\]",
         ),
         (OpenChannel, {"reynolds": (100.0,)}, r"range of Re_τ, two numbers with .* got \[100.0\]"),
-        (Porous, {"porosity": (0.1, 0.5)}, r"range of porosities, two numbers with 0.2 < a ≤ b < 1, got \[0.1, 0.5\]"),
-        (
-            Porous,
-            {"diameter": (0.3, 1.0)},
-            r"range of sphere diameters, two numbers with 0 < a ≤ b < 1, got \[0.3, 1.0\]",
-        ),
         (Porous, {"reynolds": (0.0, 1.0)}, "Expected a range of Re, two numbers with 0 < a ≤ b < inf, got"),
     ],
 )
@@ -116,17 +68,6 @@ def test_the_first_state_is_an_admissible_flow_of_the_family(family: Family) -> 
         u[0] -= reichardt(z / parameters["viscosity"])
     speed = float(u.square().sum(0)[geometry.fluid].mean().sqrt())
     assert speed == pytest.approx(family.disturbance, rel=1e-6)  # type: ignore[attr-defined]
-
-
-def test_the_force_of_the_porous_family_has_its_mean_and_amplitude() -> None:
-    family = Porous(pulsation=0.5)
-    parameters = {name: np.array([value]) for name, value in family.draw(1, 0).items()}
-    force = np.stack([family.force(parameters, t)[0] for t in np.arange(64) / 64 * family.period])
-    np.testing.assert_allclose(force.mean(0), parameters["force_mean"][0], rtol=0, atol=1e-9)
-    rms = np.sqrt((force - force.mean(0)).__pow__(2).sum(1).mean())
-    assert rms == pytest.approx(0.5 * np.linalg.norm(parameters["force_mean"][0]))
-    still = Porous(pulsation=0.0)
-    assert np.array_equal(still.force(parameters | {"force_amplitude": np.zeros(1)}, 0.3), parameters["force_mean"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -16,6 +16,7 @@ from latentphys import operators
 from latentphys.conversions import flux_from_cells, spectral_flux, spectral_solenoidal
 from latentphys.data import open_store
 from latentphys.data.importing import ImportOptions, Source, import_files, report, solenoidal_floor
+from latentphys.data.relayout import relayout
 from latentphys.exact import conserve
 from latentphys.fields import VELOCITY, FieldSpec
 from latentphys.grid import Geometry, Grid
@@ -77,6 +78,11 @@ def test_gradients_are_removed_and_uniform_flow_is_not() -> None:
     # of sin 2x, ∇·u = 2 cos 2x, as large as 2 √2 rms(u) at most; the centres hit cos 2x at multiples of π/8
     assert floor["spectral"]["rms"] == pytest.approx(2 * h, rel=1e-12)
     assert floor["spectral"]["max"] == pytest.approx(2 * math.sqrt(2) * h * math.cos(math.pi / 8), rel=1e-12)
+    fine = solenoidal_floor(planar(16, lambda x, y: (np.sin(7 * x), 0 * y)))["velocity"]["spectral"]
+    assert fine["removed"] == pytest.approx(1) and fine["rms"] == pytest.approx(7 * h)
+    # at Nyquist the slope of a sample is anything
+    alternating = solenoidal_floor(planar(16, lambda x, y: (np.sin(8 * x), 0 * y)))["velocity"]["spectral"]
+    assert alternating["max"] == alternating["removed"] == 0.0
     floor = solenoidal_floor(planar(16, lambda x, y: (1 + 0 * x, 2 + 0 * y)))["velocity"]
     assert floor["mac"]["max"] == 0 and floor["spectral"]["removed"] < 1e-14
     still = solenoidal_floor(planar(8, lambda x, y: (0 * x, 0 * y)))["velocity"]
@@ -141,6 +147,19 @@ def test_velocities_become_exact_fluxes(tmp_path: Path, spectral: bool) -> None:
     assert store.specs["pressure"].kind == "scalar"
 
 
+def test_magnetic_fields_too(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with foreign.written(path) as file:
+        file["b"] = foreign.numbers(2, 6, 5, 4, 3)
+    options = ImportOptions(axes="txyzc", fields=("magnetic_field",) * 3)
+    (out,) = import_files(path, tmp_path / "out.zarr", flux=["magnetic_field"], options=options)
+    store = open_store(out)
+    assert store.specs["magnetic_field"] == FieldSpec("magnetic_field", "flux", "Wb", "solenoidal")
+    assert bool((operators.div(store.read("magnetic_field", 0, 1), store.grid) == 0.0).all())
+    back = open_store(relayout(store, tmp_path / "back.zarr", "cell_centred"))
+    assert back.specs["magnetic_field"] == FieldSpec("magnetic_field", "vector", "T")
+
+
 def test_fluxes_in_single_precision_say_so(tmp_path: Path) -> None:
     path = foreign.pdebench_flow(tmp_path / "file", (6, 4))
     (out,) = import_files(path, tmp_path / "out.zarr", flux=["velocity"], dtype="float32")
@@ -153,13 +172,20 @@ def test_fluxes_in_single_precision_say_so(tmp_path: Path) -> None:
 def test_what_cannot_become_a_flux(tmp_path: Path) -> None:
     path, out = foreign.well(tmp_path / "file"), tmp_path / "out.zarr"
     for name in ("pressure", "wind"):
-        with pytest.raises(ValueError, match=rf"vectors in m/s to make fluxes of \(velocity\), got '{name}'"):
+        with pytest.raises(ValueError, match=rf"vectors in m/s or T to make fluxes of \(velocity\), got '{name}'"):
             import_files(path, out, flux=[name])
     with pytest.raises(ValueError, match=r"\(none\), got 'velocity'"):
-        import_files(path, out, flux=["velocity"], options=ImportOptions(units={"velocity": "T"}))
+        import_files(path, out, flux=["velocity"], options=ImportOptions(units={"velocity": "1"}))
     with pytest.raises(ValueError, match="a periodic box without solids for a spectral conversion"):
         import_files(path, out, flux=["velocity"], spectral=True)
     assert not out.exists()
+
+
+def test_numbers_that_are_not_finite_are_found_whoever_read_them() -> None:
+    values = np.zeros((2, 3, 3, 8, 8, 1))
+    values[1, 2, 0, 4, 4, 0] = np.inf
+    with pytest.raises(ValueError, match="NaN or infinity in 'velocity', trajectory 1, frame 2"):
+        solenoidal_floor(source(values, Geometry(Grid((8, 8, 1), (1.0, 1.0, 1.0)))))
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])

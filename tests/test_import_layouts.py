@@ -218,7 +218,7 @@ def test_dpot_samples_in_one_file_or_in_one_each(tmp_path: Path) -> None:
     assert np.array_equal(np.stack([snapshots(store, f"data_{c}") for c in range(2)]), expected)
     assert np.allclose(store.times, 0.1 * np.arange(5)) and store.grid.spacing == (1.0, 0.5, 0.5)
     for i in (0, 1, 2, 10):
-        foreign.dpot(tmp_path / "samples" / f"data_{i}.hdf5", (6, 4, 3, 3), seed=i)
+        foreign.dpot(tmp_path / "samples" / f"data_{i}.hdf5", (6, 4, 1, 3), seed=i)
     named = ImportOptions(fields=("velocity", "velocity", "pressure"), family="swirl")
     store = imported(tmp_path / "samples", tmp_path, options=named, overwrite=True)
     assert (len(store), store.family, sorted(store.specs)) == (4, "swirl", ["pressure", "velocity"])

@@ -3,7 +3,11 @@
 import subprocess
 import sys
 
-HEAVY = {"dask", "h5py", "hydra", "matplotlib", "onnx", "pyvista", "torch_harmonics", "vtkmodules", "xarray"}
+HEAVY = {"dask", "h5netcdf", "h5py", "hydra", "matplotlib", "onnx", "pyvista", "tifffile"} | {
+    "torch_harmonics",
+    "vtkmodules",
+    "xarray",
+}
 LINKED = {"autoencoders", "routers", "validators", "configs"}
 
 

@@ -1,7 +1,6 @@
 """Batches read ahead, in a thread or in spawned workers, are those that training would have read itself."""
 
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,7 +41,7 @@ def assert_same(got: list[Batch], expected: list[Batch]) -> None:
             assert torch.equal(getattr(one, name), getattr(other, name))
 
 
-@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("cache", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_spawned_workers_read_the_same_batches(stores: list[Store], cache: bool) -> None:
     windows = Windows(stores, "velocity", 2, cache=cache, weights={"a": 2})
     batches = Batches(windows, 4, seed=3)

@@ -7,7 +7,7 @@ from reference import BOUNDARIES
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from latentphys.families.porous import sphere_pack
+from latentphys.families.media import sphere_pack
 from latentphys.grid import Boundaries, Geometry, Grid
 from latentphys.multigrid import Multigrid
 

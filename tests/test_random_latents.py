@@ -10,7 +10,7 @@ import torch
 
 from latentphys import operators
 from latentphys.autoencoders import Autoencoder, FamilyScale, PotentialHead, ProjectionHead, RieszHead
-from latentphys.families.porous import sphere_pack
+from latentphys.families.media import sphere_pack
 from latentphys.grid import PERIODIC, Boundaries, Geometry, Grid
 
 CHANNEL: Boundaries = (("periodic", "periodic"), ("periodic", "periodic"), ("no_slip", "free_slip"))

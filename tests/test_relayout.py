@@ -140,7 +140,7 @@ def test_impossible_conversions_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Expected a new path"):
         relayout(source, write(tmp_path / "old", grid, velocities(source)).path, "cell_centred")
     conserved = write(tmp_path / "heat", grid, velocities(source), spec=FieldSpec("velocity", "flux", "W", "conserved"))
-    with pytest.raises(ValueError, match="Expected solenoidal fluxes in m3/s, got 'velocity', conserved in W"):
+    with pytest.raises(ValueError, match=r"Expected solenoidal fluxes in m3/s \| Wb, got 'velocity', conserved in W"):
         relayout(conserved, tmp_path / "out", "cell_centred")
     curl = FieldSpec("velocity", "vector", "1/s")
     vorticity = write(tmp_path / "curl", grid, velocities(source), spec=curl, layout="cell_centred")

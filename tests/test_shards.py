@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
+from numcodecs import blosc
 from zarr.codecs import BloscCodec, BytesCodec, ZstdCodec
 
 from latentphys.data import shards
@@ -152,3 +153,13 @@ def test_a_damaged_compressed_snapshot_is_refused(tmp_path: Path, position: int)
     file.write_bytes(bad)
     with pytest.raises(ValueError, match="Expected a readable snapshot at trajectory 1, time 0 of .*copy it again"):
         SnapshotReader(array).read(1, 0)
+
+
+def test_a_compressed_snapshot_of_another_size_is_refused(tmp_path: Path) -> None:
+    array = make(tmp_path / "a", compressors=LZ4)
+    for snapshot in (VALUES[1, 0, :2], np.concatenate([VALUES[1, 0]] * 2)):
+        frame = blosc.compress(snapshot, b"lz4", 5, 1)
+        table = np.array([[0, len(frame)], *[[shards.NO_CHUNK] * 2] * 2], dtype="<u8").tobytes()
+        file_of(array).write_bytes(frame + table + shards.crc32c(table).to_bytes(4, "little"))
+        with pytest.raises(ValueError, match=f"got damaged data .{snapshot.nbytes} bytes for a snapshot of 960"):
+            SnapshotReader(array).read(1, 0)

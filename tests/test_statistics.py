@@ -305,10 +305,10 @@ def test_what_cannot_be_measured_is_refused(stored: Store, tmp_path: Path) -> No
 LIMITED = """
 import re, resource, sys
 from pathlib import Path
+import dask.array, dask.threaded
 from latentphys.data import compute_statistics, open_store
 
 store = open_store(sys.argv[1])
-compute_statistics(store, [0], num_workers=1)
 used = 1024 * int(re.search(r"VmData:\\s*(\\d+)", Path("/proc/self/status").read_text()).group(1))
 resource.setrlimit(resource.RLIMIT_DATA, (used + int(sys.argv[2]), resource.RLIM_INFINITY))
 print(compute_statistics(store, num_workers=1)["velocity"]["count"])
@@ -321,17 +321,17 @@ except MemoryError:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit on data segments is Linux's")
 def test_a_store_larger_than_memory_is_measured(tmp_path: Path) -> None:
-    """48 MB of fluxes with 24 MB to allocate; the limit is shown to hold."""
+    """144 MB of fluxes with 40 MB to allocate; the limit is shown to hold."""
     grid = Grid((32, 32, 32), (1.0, 1.0, 1.0))
     with create_store(
-        tmp_path / "a.zarr", grid=grid, specs={"velocity": VELOCITY}, family="a", num_trajectories=4, times=range(16)
+        tmp_path / "a.zarr", grid=grid, specs={"velocity": VELOCITY}, family="a", num_trajectories=6, times=range(32)
     ) as out:
-        for i in range(4):
-            out.write("velocity", i, slice(None), np.full((16, 3, 32, 32, 32), float(i)))
-    command = [sys.executable, "-c", LIMITED, str(tmp_path / "a.zarr"), str(24 * 2**20)]
+        for i in range(6):
+            out.write("velocity", i, slice(None), np.full((32, 3, 32, 32, 32), float(i)))
+    command = [sys.executable, "-c", LIMITED, str(tmp_path / "a.zarr"), str(40 * 2**20)]
     process = subprocess.run(command, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
-    assert process.stdout.split() == [str(64 * 32**3), "limited"]
+    assert process.stdout.split() == [str(192 * 32**3), "limited"]
 
 
 def test_misuse_is_refused() -> None:

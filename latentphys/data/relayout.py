@@ -25,6 +25,8 @@ from latentphys.fields import FieldSpec
 from latentphys.grid import Geometry
 
 LAYOUTS = ("face_flux", "cell_centred", "cell_spectral")
+FLUX_UNIT = {"m/s": "m3/s", "T": "Wb"}
+"""Unit of a vector → that of its flux through a face, for the vectors that are solenoidal."""
 COMPUTED = {*ATTRIBUTES, "schema", "layout", "channels", "provenance"}
 """Attributes that a new store works out for itself; all others are copied."""
 
@@ -42,10 +44,10 @@ def relayout(
 ) -> Path:
     """Write a store's flows in another layout, snapshot by snapshot; everything else is copied.
 
-    Solenoidal fluxes become vector fields [m/s], and vector fields in m/s become solenoidal fluxes, by the functions of
-    `latentphys.conversions`, in FP64. Fluxes are projected (spectral velocities first in spectral space, which drops
-    the part of them that is not solenoidal) and end at net 0.0 bit for bit when stored as float64. Memory holds one
-    shard of snapshots, and the voxels of all trajectories.
+    Solenoidal fluxes become vector fields (m3/s m/s, Wb T), and these vector fields become solenoidal fluxes, by the
+    functions of `latentphys.conversions`, in FP64. Fluxes are projected (spectral velocities first in spectral space,
+    which drops the part of them that is not solenoidal) and end at net 0.0 bit for bit when stored as float64. Memory
+    holds one shard of snapshots, and the voxels of all trajectories.
 
     Args:
         store: where from.
@@ -127,14 +129,19 @@ def convert(values: Tensor, geometry: Geometry, before: str, after: str) -> Tens
 
 
 def converted_spec(spec: FieldSpec, to_faces: bool) -> FieldSpec:
-    """What a field becomes: velocities change, everything else stays what it is."""
+    """What a field becomes: velocities and magnetic fields change, everything else stays what it is."""
     if to_faces:
-        return (
-            FieldSpec(spec.name, "flux", "m3/s", "solenoidal") if (spec.kind, spec.unit) == ("vector", "m/s") else spec
+        is_vector = spec.kind == "vector" and spec.unit in FLUX_UNIT
+        return FieldSpec(spec.name, "flux", FLUX_UNIT[spec.unit], "solenoidal") if is_vector else spec
+    if spec.kind != "flux":
+        return spec
+    density = {flux: unit for unit, flux in FLUX_UNIT.items()}.get(spec.unit)
+    if density is None or spec.constraint != "solenoidal":
+        raise ValueError(
+            f"Expected solenoidal fluxes in {' | '.join(FLUX_UNIT.values())}, got {spec.name!r}, {spec.constraint} in "
+            f"{spec.unit}."
         )
-    if spec.kind == "flux" and (spec.unit, spec.constraint) != ("m3/s", "solenoidal"):
-        raise ValueError(f"Expected solenoidal fluxes in m3/s, got {spec.name!r}, {spec.constraint} in {spec.unit}.")
-    return FieldSpec(spec.name, "vector", "m/s") if spec.kind == "flux" else spec
+    return FieldSpec(spec.name, "vector", density)
 
 
 def _extras(store: Store) -> Mapping[str, tuple[tuple[int, ...], str, tuple[str, ...]]]:

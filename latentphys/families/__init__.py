@@ -1,8 +1,9 @@
 """Ground truth: kinds of physics, simulated on the library's own complex."""
 
-from latentphys.families.acoustics import AcousticScattering, Acoustics
+from latentphys.families.acoustics import Acoustics, AcousticScattering
 from latentphys.families.convection import Convection
 from latentphys.families.family import DrivenFlow, Family
+from latentphys.families.mhd import MHD, Magnetohydrodynamics
 from latentphys.families.navier_stokes import NavierStokes
 from latentphys.families.open_channel import OpenChannel
 from latentphys.families.passive_scalar import PassiveScalar
@@ -14,6 +15,7 @@ from latentphys.families.solver import Fields, RungeKutta, Solver
 from latentphys.families.turbulence import Turbulence
 
 __all__ = [
+    "MHD",
     "AcousticScattering",
     "Acoustics",
     "Convection",
@@ -21,6 +23,7 @@ __all__ = [
     "Family",
     "Fields",
     "GrayScottPatterns",
+    "Magnetohydrodynamics",
     "NavierStokes",
     "OpenChannel",
     "PassiveScalar",

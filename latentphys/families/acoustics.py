@@ -2,8 +2,8 @@
 
     ∂p/∂t = −ρ c² ∇·u,     ρ ∂u/∂t = −∇p
 
-Both densities of energy, p²/2ρc² and ρu²/2, are sums over the staggered complex: p in cells, u on faces. Since ρu changes
-by gradients alone, it is one, ρu = −∇s with the impulse s = ∫p dt [Pa s], and the solver advances p and s:
+The pressure sits in cells, the velocity on faces. Since ρu changes by gradients alone, it is one, ρu = −∇s with the
+impulse s = ∫p dt [Pa s], and the solver advances p and s:
 
     ∂s/∂t = p,     ∂p/∂t = ρ c² ∇·(ρ⁻¹ ∇s)
 
@@ -47,9 +47,9 @@ GRADIENT_TOLERANCE = 1e-6
 class Acoustics(Solver):
     """A batch of sound fields in one box, each with its own solids.
 
-    Its stored fields are ``pressure`` [Pa], ``velocity``, a flux [m³/s], and ``sound_speed`` [m/s], which stays as it is.
-    The working state has ``impulse`` s [Pa s] instead of the velocity. Walls of the box and solids are rigid: they reflect
-    without loss.
+    Its stored fields are ``pressure`` [Pa], ``velocity``, a flux [m³/s], and ``sound_speed`` [m/s], which stays as it
+    is. The working state has ``impulse`` s [Pa s] instead of the velocity. Walls of the box and solids are rigid: they
+    reflect without loss.
 
     Args:
         geometry: the box and its solids, ``batch_shape`` () or (B,).
@@ -91,7 +91,8 @@ class Acoustics(Solver):
         """The working state; an unknown constant of s stays unknown, for nothing depends on it.
 
         Raises:
-            ValueError: a ρu that is no gradient, which no sound from rest can make, or a sound speed that is not positive.
+            ValueError: a ρu that is no gradient, which no sound from rest can make, or a sound speed that is not
+                positive.
         """
         if not bool((fields["sound_speed"] > 0).all()):
             raise ValueError(f"Expected a positive sound speed [m/s], got {float(fields['sound_speed'].amin())}.")
@@ -101,8 +102,8 @@ class Acoustics(Solver):
         rest, potential, _ = decompose(momentum, self.geometry)
         if bool(_norm(rest).gt(GRADIENT_TOLERANCE * _norm(momentum)).any()):
             raise ValueError(
-                "Expected a velocity whose momentum ρu is a gradient, got one with a rotational part; sound never changes "
-                "that part, so leave it out."
+                "Expected a velocity whose momentum ρu is a gradient, got one with a rotational part; sound never "
+                "changes that part, so leave it out."
             )
         pressure = torch.where(self.fluid, fields["pressure"].to(self.device), 0.0)
         return super().working(
@@ -120,7 +121,7 @@ class Acoustics(Solver):
 
     def stable_step(self, fields: Fields) -> float:
         """CFL of the largest stable Δt [s] of the whole batch, 2/ω, with Gershgorin's bound of the frequency ω."""
-        at_faces = 0.0
+        at_faces = torch.zeros((), dtype=self.dtype, device=self.device)
         for axis, h in enumerate(self.geometry.grid.spacing):
             low = self.mobility.select(-4, axis)
             at_faces = at_faces + 2 / h**2 * (low + operators.shift(low, axis, 1, self.geometry.grid))
@@ -241,7 +242,7 @@ class AcousticScattering(Family):
         grid = geometry.grid
         medium = coloured(generator(seed, trajectory, 3).standard_normal(grid.shape), -3.0)
         c = (parameters["contrast"] * medium / medium.std()).clamp(-1.0, 1.0).exp()
-        p = coloured(generator(seed, trajectory, 1).standard_normal(grid.shape), -3.0)
+        p = coloured(generator(seed, trajectory, 1).standard_normal(grid.shape), -2.5)
         weight = geometry.fluid / c.square()
         p = torch.where(geometry.fluid, p - (weight * p).sum() / weight.sum(), 0.0)
         p = p * (self.pressure / p[geometry.fluid].square().mean().sqrt())

@@ -4,15 +4,16 @@
     ∂B/∂t = −∇ × E,     E = −u × B + η J,     J = ∇ × B
 
 B is in Alfvén units, magnetic field over √(μ₀ρ), so that it is a velocity [m/s], its flux is in m³/s and the energy per
-unit mass is ½(u² + B²). Both fields are fluxes on faces; J and E live on edges. The flux of B changes by the circulation
-of E round each face, whose sum over a cell is zero identically: no divergence ever arises but by rounding.
+unit mass is ½(u² + B²). Both fields are fluxes on faces; J and E live on edges. The flux of B changes by the
+circulation of E round each face, whose sum over a cell is zero identically: only rounding makes a divergence.
 
 u × B takes the mean of both neighbours on each edge, and J × B is minus its adjoint, so that what one field loses the
-other gains: u·(J × B) summed over faces is −J·(u × B) summed over edges. Where u is solenoidal, ∇·(u u) is ω × u with the
-same means, but for a gradient. So the nonlinear terms conserve energy, cross-helicity ⟨u·B⟩ and momentum to rounding.
+other gains: u·(J × B) summed over faces is −J·(u × B) summed over edges. Where u is solenoidal, ∇·(u u) is ω × u with
+the same means, but for a gradient. So the nonlinear terms conserve energy, cross-helicity ⟨u·B⟩ and momentum to
+rounding.
 
-References: Liu & Wang, J. Comput. Phys. 174 (2001) for this scheme, MAC–Yee; Evans & Hawley, Astrophys. J. 332 (1988) for
-constrained transport; Biskamp, Magnetohydrodynamic Turbulence (2003) for the physics.
+References: Liu & Wang, J. Comput. Phys. 174 (2001) for this scheme, MAC–Yee; Evans & Hawley, Astrophys. J. 332 (1988)
+for constrained transport; Biskamp, Magnetohydrodynamic Turbulence (2003) for the physics.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import pad
 
 from latentphys import exact, operators
 from latentphys.families.family import Family, Parameters, broadband, check_range, generator, uniform
@@ -101,53 +101,26 @@ def electrodynamics(
         resistivity: η [m²/s].
         spacing: cell size of each axis [m].
     """
-    u, b, eta = pad(u, (1,) * 6, mode="circular"), pad(b, (1,) * 6, mode="circular"), resistivity[:, 0]
+    eta = resistivity[:, 0]
     lorentz: list[Any] = [0.0, 0.0, 0.0]
     induction: list[Any] = [0.0, 0.0, 0.0]
     for c in range(3):
         i, j = (c + 1) % 3, (c + 2) % 3
-        hi, hj = spacing[i], spacing[j]
-        # Faces on both sides of the edges parallel to c, one edge more than there are cells along i and along j.
-        ui, ui_below = _beside(u[:, i], c, j)
-        uj, uj_below = _beside(u[:, j], c, i)
-        bi, bi_below = _beside(b[:, i], c, j)
-        bj, bj_below = _beside(b[:, j], c, i)
+        on_i, on_j, hi, hj = i - 3, j - 3, spacing[i], spacing[j]
+        bi, bj, bi_below, bj_below = b[:, i], b[:, j], b[:, i].roll(1, on_j), b[:, j].roll(1, on_i)
         bi_mean, bj_mean = 0.5 * (bi + bi_below), 0.5 * (bj + bj_below)
+        ui_mean, uj_mean = 0.5 * (u[:, i] + u[:, i].roll(1, on_j)), 0.5 * (u[:, j] + u[:, j].roll(1, on_i))
         current = (bj - bj_below) / hi - (bi - bi_below) / hj
-        electric = eta * current - 0.5 * (ui + ui_below) * bj_mean + 0.5 * (uj + uj_below) * bi_mean
-        lorentz[i] = lorentz[i] - _mean(_first(current * bj_mean, i), j)
-        lorentz[j] = lorentz[j] + _mean(_first(current * bi_mean, j), i)
-        induction[i] = induction[i] - _rise(_first(electric, i), j) / hj
-        induction[j] = induction[j] + _rise(_first(electric, j), i) / hi
+        electric = eta * current - ui_mean * bj_mean + uj_mean * bi_mean
+        lorentz[i] = lorentz[i] - _mean_of_next(current * bj_mean, on_j)
+        lorentz[j] = lorentz[j] + _mean_of_next(current * bi_mean, on_i)
+        induction[i] = induction[i] - (electric.roll(-1, on_j) - electric) / hj
+        induction[j] = induction[j] + (electric.roll(-1, on_i) - electric) / hi
     return torch.stack(lorentz, dim=1), torch.stack(induction, dim=1)
 
 
-def _beside(ghost: Tensor, along: int, across: int) -> tuple[Tensor, Tensor]:
-    """Values above and below the edges parallel to an axis, from an array with a ghost cell on every side.
-
-    The low edges of all cells, and one more along each of the other two axes.
-    """
-    above = below = ghost
-    for axis in range(3):
-        length = ghost.shape[axis - 3] - (2 if axis == along else 1)
-        above = above.narrow(axis - 3, 1, length)
-        below = below.narrow(axis - 3, 0 if axis == across else 1, length)
-    return above, below
-
-
-def _first(edges: Tensor, axis: int) -> Tensor:
-    """Without the one edge too many along an axis."""
-    return edges.narrow(axis - 3, 0, edges.shape[axis - 3] - 1)
-
-
-def _mean(edges: Tensor, axis: int) -> Tensor:
-    dim, n = axis - 3, edges.shape[axis - 3] - 1
-    return 0.5 * (edges.narrow(dim, 0, n) + edges.narrow(dim, 1, n))
-
-
-def _rise(edges: Tensor, axis: int) -> Tensor:
-    dim, n = axis - 3, edges.shape[axis - 3] - 1
-    return edges.narrow(dim, 1, n) - edges.narrow(dim, 0, n)
+def _mean_of_next(edges: Tensor, dim: int) -> Tensor:
+    return 0.5 * (edges + edges.roll(-1, dim))
 
 
 @dataclass(frozen=True)
@@ -173,7 +146,7 @@ class MHD(Family):
     magnetic: Sequence[float] = (0.5, 1.5)
     mean_field: Sequence[float] = (0.0, 1.0)
     slope: float = -11 / 6
-    interval: float = 0.05
+    interval: float = 0.08
     spin_up: float = 0.2
 
     def __post_init__(self) -> None:

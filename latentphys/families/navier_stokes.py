@@ -17,7 +17,6 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import pad
 
 from latentphys import exact, operators
 from latentphys.families.solver import Fields, RungeKutta
@@ -70,7 +69,7 @@ class NavierStokes(RungeKutta):
         self.viscosity = self.positive("viscosity [m²/s]", viscosity)
         self.areas = geometry.grid.per_face(geometry.grid.face_areas, self.viscosity)
         self.open_faces = self.geometry.open_faces.to(device, dtype)
-        self.open_edges = pad(_open_edges(self.geometry).to(device, dtype), (1,) * 6, mode="circular")
+        self.open_edges = _open_edges(self.geometry).to(device, dtype)
         self.drag = _wall_drag(self.geometry).to(device, dtype)
         self.pressure: Tensor | None = None
         self._fused_correction = self.fused(self._correction)
@@ -153,14 +152,10 @@ class NavierStokes(RungeKutta):
 
     def _correction(self, flux: Tensor, potential: Tensor) -> Tensor:
         """F − C ∇φ on the open faces, in one sweep."""
-        grid = self.geometry.grid
-        below = pad(potential, (1, 0) * 3, mode="circular")
-        faces = []
-        for axis, conductance in enumerate(grid.conductances):
-            low = below
-            for other in range(3):
-                low = low.narrow(other - 3, 0 if other == axis else 1, grid.shape[other])
-            faces.append(conductance * (potential - low))
+        faces = [
+            conductance * (potential - potential.roll(1, axis - 3))
+            for axis, conductance in enumerate(self.geometry.grid.conductances)
+        ]
         return flux - torch.stack(faces, dim=1) * self.open_faces
 
 
@@ -170,48 +165,27 @@ def _momentum(
     """−∇·(u u) + νΔu from stresses in cells (normal) and on edges (tangential).
 
     Every momentum flux is the product of two means of neighbours less ν times their difference. Edges that touch a wall
-    or a solid have no viscous part; the friction there is `drag`. `open_edges` comes with a ghost layer on every side.
+    or a solid have no viscous part; the friction there is `drag`.
     """
-    shape = u.shape[-3:]
-    ghost = pad(u, (1,) * 6, mode="circular")
-    viscosity, origin = viscosity[:, 0], (0, 0, 0)
+    nu = viscosity[:, 0]
     stress: dict[tuple[int, int], Tensor] = {}
     for c in range(3):
         a, b = (c + 1) % 3, (c + 2) % 3
-        x, y, z = (0 if axis == c else 1 for axis in range(3))
-        extra = (x, y, z)
-        ua, ua_below = _window(ghost[:, a], origin, extra), _window(ghost[:, a], _unit(b, -1), extra)
-        ub, ub_below = _window(ghost[:, b], origin, extra), _window(ghost[:, b], _unit(a, -1), extra)
-        advection = 0.25 * (ua + ua_below) * (ub + ub_below)
-        is_open = _window(open_edges[:, c], origin, extra)
-        stress[a, b] = advection - is_open * (viscosity / spacing[b] * (ua - ua_below))
-        stress[b, a] = advection - is_open * (viscosity / spacing[a] * (ub - ub_below))
+        ua, ub = u[:, a], u[:, b]
+        ua_below, ub_below = ua.roll(1, b - 3), ub.roll(1, a - 3)
+        advection, is_open = 0.25 * (ua + ua_below) * (ub + ub_below), open_edges[:, c]
+        stress[a, b] = advection - is_open * (nu / spacing[b] * (ua - ua_below))
+        stress[b, a] = advection - is_open * (nu / spacing[a] * (ub - ub_below))
     rates = []
     for a in range(3):
-        low, high = _window(ghost[:, a], _unit(a, -1), _unit(a)), _window(ghost[:, a], origin, _unit(a))
-        rate = -_difference(0.25 * (low + high) ** 2 - viscosity / spacing[a] * (high - low), a) / spacing[a]
+        ua, ua_below = u[:, a], u[:, a].roll(1, a - 3)
+        in_cell_below = 0.25 * (ua_below + ua) ** 2 - nu / spacing[a] * (ua - ua_below)
+        rate = (in_cell_below - in_cell_below.roll(-1, a - 3)) / spacing[a]
         for b in range(3):
             if b != a:
-                rate = rate - _difference(stress[a, b].narrow(a - 3, 0, shape[a]), b) / spacing[b]
+                rate = rate + (stress[a, b] - stress[a, b].roll(-1, b - 3)) / spacing[b]
         rates.append(rate)
-    return torch.stack(rates, dim=1) - viscosity[:, None] * drag * u
-
-
-def _unit(axis: int, size: int = 1) -> tuple[int, int, int]:
-    x, y, z = (size if a == axis else 0 for a in range(3))
-    return x, y, z
-
-
-def _window(ghost: Tensor, start: tuple[int, int, int], extra: tuple[int, int, int]) -> Tensor:
-    """The cells from `start`, and `extra` more than the box has, of an array with a ghost cell on every side."""
-    for dim in range(-3, 0):
-        ghost = ghost.narrow(dim, 1 + start[dim], ghost.shape[dim] - 2 + extra[dim])
-    return ghost
-
-
-def _difference(stress: Tensor, axis: int) -> Tensor:
-    dim, n = axis - 3, stress.shape[axis - 3] - 1
-    return stress.narrow(dim, 1, n) - stress.narrow(dim, 0, n)
+    return torch.stack(rates, dim=1) - viscosity * drag * u
 
 
 def _open_edges(geometry: Geometry) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from latentphys.families.family import Parameters, check_range, generator, uniform
+from latentphys.families.family import Parameters, check_range, coloured, generator, uniform
 from latentphys.families.scalar_transport import ScalarFlow
 from latentphys.families.solver import Fields
 from latentphys.families.turbulence import Stirring, Turbulence
@@ -31,18 +31,13 @@ from latentphys.sphere import Sphere
 CONCENTRATION = FieldSpec("concentration", "scalar", "kg/m3", "conserved")
 
 
-def blotches(grid: Grid, rms: float, slope: float, rng: np.random.Generator) -> Float[Tensor, "nx ny nz"]:
-    """A random scalar of zero mean with variance at every scale, FP64.
+def blotches(grid: Grid, rms: float, rng: np.random.Generator) -> Float[Tensor, "nx ny nz"]:
+    """A random scalar of zero mean with the same variance in every octave, FP64.
 
     Args:
         rms: its root mean square.
-        slope: exponent of the amplitude over |k|; −5/6 gives each octave about an equal share of the variance.
     """
-    noise = torch.from_numpy(rng.standard_normal(grid.shape))
-    frequencies = torch.meshgrid(*(torch.fft.fftfreq(n, 1 / n, dtype=torch.float64) for n in grid.shape), indexing="ij")
-    k = torch.stack(frequencies).square().sum(0).sqrt()
-    amplitude = torch.where(k == 0, 0.0, k.clamp(min=1) ** (slope - 1))
-    values = torch.fft.ifftn(torch.fft.fftn(noise) * amplitude).real
+    values = coloured(rng.standard_normal(grid.shape), -3 / 2)
     return values * (rms / values.square().mean().sqrt())
 
 
@@ -116,7 +111,7 @@ class PassiveScalar(Turbulence):
 
     def initial(self, geometry: Geometry | Sphere, parameters: Mapping[str, Any], seed: int, trajectory: int) -> Fields:
         assert isinstance(geometry, Geometry)
-        scalar = blotches(geometry.grid, self.scalar_rms, -5 / 6, generator(seed, trajectory, 4))
+        scalar = blotches(geometry.grid, self.scalar_rms, generator(seed, trajectory, 4))
         return super().initial(geometry, parameters, seed, trajectory) | {CONCENTRATION.name: scalar}
 
     def solver(

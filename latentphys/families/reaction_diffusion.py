@@ -12,9 +12,10 @@ References: Strang, SIAM J. Numer. Anal. 5 (1968); Shu & Osher, J. Comput. Phys.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -28,16 +29,19 @@ from latentphys.grid import PERIODIC, Boundaries, Geometry, Grid
 from latentphys.separable import Separable
 from latentphys.sphere import Sphere
 
-STEP = 1.0
-"""Δt times the fastest rate of the reactions. Each half step is then half of what keeps concentrations positive."""
+STEP = 0.5
+"""Δt times the fastest rate of the reactions. At 1 a pattern is off by 3 % after 200 s, at ½ by 1 %; 2 would keep it
+positive."""
 
 
-class Kinetics(Protocol):
+class Kinetics(ABC):
     """Reactions among the fields; pure tensor arithmetic."""
 
+    @abstractmethod
     def rates(self, fields: Fields) -> Fields:
         """R [1/s times the unit of the field], by field."""
 
+    @abstractmethod
     def fastest(self, fields: Fields) -> Tensor:
         """A bound on the rates of change [1/s]: Euler steps up to its inverse are stable, and keep fields positive."""
 
@@ -48,7 +52,7 @@ def per_cell(value: float | Tensor) -> Float[Tensor, "batch 1 1 1"]:
 
 
 @dataclass(frozen=True)
-class GrayScott:
+class GrayScott(Kinetics):
     """U + 2V → 3V, V → P in a stirred tank: R_u = −u v² + F (1 − u), R_v = u v² − (F + k) v.
 
     Args:
@@ -74,7 +78,7 @@ class GrayScott:
 
 
 @dataclass(frozen=True)
-class Fisher:
+class Fisher(Kinetics):
     """Logistic growth, R_u = r u (1 − u), whose fronts travel at 2 √(r D).
 
     Args:

@@ -133,9 +133,7 @@ class ShallowWater(RungeKutta):
             )
         return super().recorded({"height": height, "velocity": velocity})
 
-    def on_grid(
-        self, fields: Fields
-    ) -> tuple[Float[Tensor, "batch nlat nlon"], Float[Tensor, "batch 2 nlat nlon"]]:
+    def on_grid(self, fields: Fields) -> tuple[Float[Tensor, "batch nlat nlon"], Float[Tensor, "batch 2 nlat nlon"]]:
         """h [m] and u [m/s] of a working state, in its dtype."""
         inverse = self.inverse_laplacian.to(fields["height"])
         psi, chi = (torch.view_as_complex(inverse * fields[name]) for name in ("vorticity", "divergence"))
@@ -256,7 +254,7 @@ class ShallowWaterSphere(Family):
                 raise ValueError(f"Expected a positive {name}, got {getattr(self, name)}.")
 
     def grid(self, shape: Sequence[int]) -> Sphere:
-        """(nlat, nlon), or three equal numbers, as presets for boxes have them: that many latitudes, twice the longitudes.
+        """The sphere with (nlat, nlon) points; three equal numbers n, as presets for boxes have them, mean (n, 2n).
 
         Raises:
             ValueError: another shape.

@@ -113,11 +113,13 @@ def _planes(states: Sequence[State], shown: Quantity) -> Figure:
             interpolation="nearest",
             aspect="equal" if aspect == height / width else "auto",
         )
+        for axis, length in ((axes.xaxis, width), (axes.yaxis, height)):
+            axis.set_ticks([0, length / 2, length], labels=["0", f"{length / 2:.3g}", f"{length:.3g}"])
         axes.set_title(f"t = {state.time:.3g} s", fontsize=9)
         axes.set_xlabel(f"{'xyz'[first]} [{unit}]")
         axes.set_ylabel(f"{'xyz'[second]} [{unit}]")
         axes.label_outer()
-    _bar(figure, panels, shown)
+    _bar(figure, list(panels.flat[: len(states)]), shown)
     return figure
 
 
@@ -144,7 +146,7 @@ def _maps(states: Sequence[State], shown: Quantity) -> Figure:
         axes.set_yticks(np.radians([-60, -30, 0, 30, 60]))
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3, linewidth=0.4)
-    _bar(figure, panels, shown)
+    _bar(figure, list(panels.flat[: len(states)]), shown)
     return figure
 
 

@@ -141,7 +141,8 @@ def slices(
     for axes, cut in zip(grid.flat, true, strict=False):
         draw(axes, cut.speed, cut, scene.SPEED_COLORS, speeds)
         axes.set_title(f"t = {cut.time:.3g} s", fontsize=9)
-    scene.color_bar(figure, grid, scene.SPEED_COLORS, speeds, "speed |u|", "m/s", **bar)
+    drawn = list(grid.flat[: len(true)])
+    scene.color_bar(figure, drawn, scene.SPEED_COLORS, speeds, "speed |u|", "m/s", **bar)
     return figure
 
 

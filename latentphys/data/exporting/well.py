@@ -17,6 +17,7 @@ import numpy as np
 
 from latentphys import operators
 from latentphys.data.importing.h5 import h5py
+from latentphys.data.relayout import FLUX_UNIT
 from latentphys.data.statistics import RunningStatistics
 from latentphys.data.store import Store
 from latentphys.fields import FieldSpec
@@ -181,7 +182,8 @@ class _Layout:
         array.attrs["dim_varying"] = np.ones(len(self.axes), dtype=bool)
         array.attrs.update({"sample_varying": True, "time_varying": True})
         unit = field.source.unit
-        array.attrs["units"] = unit if field.source.kind != "flux" else "m/s" if unit == "m3/s" else f"{unit}/m2"
+        per_area = {flux: density for density, flux in FLUX_UNIT.items()}
+        array.attrs["units"] = per_area.get(unit, f"{unit}/m2") if field.source.kind == "flux" else unit
         return array
 
     def _solid(self, group: Any, indices: Sequence[int], measure: bool) -> None:

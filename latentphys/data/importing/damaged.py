@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,5 +26,6 @@ def readable(path: Path, kind: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, ValueError) and str(error).startswith("Expected"):
             raise
+        traceback.clear_frames(error.__traceback__)  # a file that is open in them would stay open
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(f"Expected {kind} that can be read at {path}, got: {reason}; it is damaged.") from error

@@ -72,7 +72,7 @@ def solenoidal_floor(
         geometry = source.geometry(trajectory)
         for _, frame in own_places:
             for name in names:
-                values = torch.from_numpy(np.array(source.read(name, trajectory, frame), dtype=np.float64))
+                values = torch.from_numpy(source.snapshot(name, trajectory, frame).astype(np.float64))
                 for key, sum_ in sums[name].items():
                     sum_.add(*_MEASURE[key](values, geometry))
             progress(1)

@@ -224,10 +224,17 @@ def open_foam(path: Path) -> FoamFile:
     return file
 
 
-def unit_of(dimensions: list[str]) -> str:
-    """The SI unit of ``[kg m s K mol A cd]`` exponents, such as ``m2/s2`` or ``kg/(m s2)``."""
+def unit_of(dimensions: list[str], path: Path) -> str:
+    """The SI unit of ``[kg m s K mol A cd]`` exponents, such as ``m2/s2`` or ``kg/(m s2)``.
+
+    Raises:
+        ValueError: dimensions that are not numbers, in the file at `path`.
+    """
     symbols = ("kg", "m", "s", "K", "mol", "A", "cd")
-    powers = dict(zip(symbols, (float(w) for w in dimensions if w not in "[]"), strict=False))
+    try:
+        powers = dict(zip(symbols, (float(w) for w in dimensions if w not in "[]"), strict=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Expected numbers as dimensions in {path}, got {str(dimensions)[:60]}.") from error
 
     def product(sign: int) -> list[str]:
         terms = [(symbol, sign * power) for symbol, power in powers.items() if sign * power > 0]

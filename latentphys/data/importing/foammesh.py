@@ -161,9 +161,10 @@ def _lattice(
     for a in range(3):
         across = extent[axis != a, a]
         size = float(np.median(across)) if across.size else 0.0
-        num = round((top[a] - origin[a]) / size) if size > 0 else 0
-        if not 1 <= num <= MOST_HOLLOW * num_cells:
+        along = float(top[a] - origin[a]) / size if size > 0 else 0.0
+        if not 0.5 < along <= MOST_HOLLOW * num_cells:
             raise ValueError(f"Expected cells that fill a box in {folder}, got a mesh flat along axis {'xyz'[a]}.")
+        num = round(along)
         spacing[a] = (top[a] - origin[a]) / num
         shape.append(num)
         planes = (0.5 * (low + high)[axis == a, a] - origin[a]) / spacing[a]

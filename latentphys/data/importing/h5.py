@@ -216,30 +216,31 @@ class H5File:
             )
         return found
 
-    def _find(self, name: str, followed: int = 0) -> Any:
-        """A group or array, link by link; None where there is none."""
-        links = h5py().h5l
+    def _find(self, name: str) -> Any:
+        """A group or array; None where there is none."""
         with broken(f"{name!r} in {self.path}"):
-            here = self._file["/"]
-            for part in PurePosixPath(name).parts:
-                if part in ("/", "."):
-                    continue
-                key = part.encode()
-                if not isinstance(here, h5py().Group) or not here.id.links.exists(key):
-                    return None
-                kind = here.id.links.get_info(key).type
-                if kind == links.TYPE_SOFT:
-                    if followed >= MOST_SOFT_LINKS:
-                        raise OSError("too many links")
-                    target = here.id.links.get_val(key).decode()
-                    here = self._find(str(PurePosixPath(here.name) / target), followed + 1)
-                    if here is None:
-                        return None
-                elif kind == links.TYPE_HARD:
-                    here = here[part]
-                else:
-                    raise OSError("a link to another file, which is not followed")
-            return here
+            return self._follow(name, 0)
+
+    def _follow(self, name: str, followed: int) -> Any:
+        """The same link by link, none of them out of the file."""
+        links, here = h5py().h5l, self._file["/"]
+        for part in PurePosixPath(name).parts:
+            if part in ("/", "."):
+                continue
+            key = part.encode()
+            if not isinstance(here, h5py().Group) or not here.id.links.exists(key):
+                return None
+            kind = here.id.links.get_info(key).type
+            if kind == links.TYPE_HARD:
+                here = here[part]
+            elif kind != links.TYPE_SOFT:
+                raise OSError("a link to another file, which is not followed")
+            elif followed >= MOST_SOFT_LINKS:
+                raise OSError("too many links")
+            else:
+                target = here.id.links.get_val(key).decode()
+                here = self._follow(str(PurePosixPath(here.name) / target), followed + 1)
+        return here
 
 
 @contextmanager
@@ -247,7 +248,7 @@ def broken(where: str, remedy: str = "the file is damaged or incomplete") -> Ite
     """What HDF5 says of a file that it cannot read, as one ValueError."""
     try:
         yield
-    except (OSError, RuntimeError, KeyError, TypeError, AttributeError, MemoryError, UnicodeError) as error:
+    except (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, MemoryError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"Expected readable HDF5 data, got {where}: {reason[:200]}; {remedy}.") from error
 

@@ -7,6 +7,7 @@ turned round. Boundaries are not in such files: the user says them, or the box i
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,7 +129,8 @@ def _open(path: Path) -> xarray.Dataset:
             f"Expected NetCDF-3 (classic or 64-bit offset) or NetCDF-4 in {path}, got a file that begins with "
             f"{head!r}; convert it with nccopy -k nc4."
         )
-    with readable(path, "a NetCDF file"):
+    # SciPy warns of its open map of the file when the header is damaged, beside the error it raises
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning), readable(path, "a NetCDF file"):
         return xarray.open_dataset(
             path,
             engine="scipy" if head in CLASSIC else "h5netcdf",
@@ -136,6 +138,7 @@ def _open(path: Path) -> xarray.Dataset:
             decode_timedelta=False,
             create_default_indexes=False,
             cache=False,
+            backend_kwargs={} if head in CLASSIC else {"phony_dims": "sort"},
         )
 
 

@@ -182,14 +182,15 @@ def _chosen(
         raise ValueError(f"Expected fields in {path}, got only files of {sorted(set(kinds.values()))}.")
     if flow == ["phi"]:
         file = next(found["phi"] for found in times.values() if "phi" in found)
-        is_volume = unit_of(open_foam(file).entries()["dimensions"]) == "m3/s"
+        is_volume = unit_of(open_foam(file).entries().get("dimensions", []), file) == "m3/s"
         return flow, [name for name in cells if name != "U" or not is_volume]
     return flow, [name for name in cells if name not in flow]
 
 
 def _spec(name: str, file: FoamFile, has_phi: bool, options: ImportOptions) -> FieldSpec:
-    dimensions = file.entries().get("dimensions", [])
-    unit = unit_of(dimensions)
+    unit = unit_of(file.entries().get("dimensions", []), file.path)
+    if file.kind not in CLASSES:
+        raise ValueError(f"Expected a field of {' | '.join(CLASSES)} in {file.path}, got a {file.kind}.")
     if name == "phi":
         if unit not in ("m3/s", "kg/s"):
             raise ValueError(f"Expected fluxes in m3/s or kg/s in {file.path}, got {unit}.")

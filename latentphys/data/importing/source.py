@@ -79,6 +79,21 @@ class Source:
     layout: str = "cell_centred"
     about: Mapping[str, Any] = field(default_factory=dict)
 
+    def snapshot(self, name: str, trajectory: int, frame: int) -> np.ndarray:
+        """What `read` reads, checked.
+
+        Raises:
+            ValueError: numbers that are not finite, with field, trajectory and frame.
+        """
+        values = np.asarray(self.read(name, trajectory, frame))
+        if not np.isfinite(values).all():
+            files = ", ".join(map(str, self.paths[:2])) + " …" * (len(self.paths) > 2)
+            raise ValueError(
+                f"Expected finite numbers in {files}, got NaN or infinity in {name!r}, trajectory {trajectory}, frame "
+                f"{frame}."
+            )
+        return values
+
     def geometry(self, trajectory: int) -> Geometry:
         """The box of one trajectory and its solids."""
         return Geometry(self.grid, None if self.solid is None else torch.from_numpy(np.array(self.solid[trajectory])))

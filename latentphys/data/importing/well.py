@@ -13,7 +13,7 @@ import numpy as np
 
 from latentphys.data.importing.blocks import Part, Piece, gather
 from latentphys.data.importing.boxes import box, field_name, frames, spacing, spec
-from latentphys.data.importing.h5 import H5File, hdf5_files, texts
+from latentphys.data.importing.h5 import MOST_SMALL_NUMBERS, H5File, hdf5_files, texts
 from latentphys.data.importing.source import ImportOptions, Source
 from latentphys.fields import FieldSpec
 from latentphys.grid import Boundary, Grid
@@ -72,11 +72,8 @@ class _Contents:
         self.parameter_units: dict[str, str] = {}
         self.count, num_axes = self._whole("n_trajectories"), self._whole("n_spatial_dims")
         self.axes = texts(file.attributes("dimensions").get("spatial_dims"))
-        if len(self.axes) != num_axes or not 1 <= num_axes <= 3 or self.count < 1:
-            raise ValueError(
-                f"Expected {num_axes} spatial_dims and at least one trajectory in {self.where}, "
-                f"got {self.axes} and {self.count}."
-            )
+        if len(self.axes) != num_axes or num_axes > 3:
+            raise ValueError(f"Expected {num_axes} spatial_dims, three at most, in {self.where}, got {self.axes}.")
 
     def _attribute(self, name: str) -> Any:
         if name not in self.attributes:
@@ -85,7 +82,7 @@ class _Contents:
 
     def _whole(self, name: str) -> int:
         value = self._attribute(name)
-        if not isinstance(value, int | float) or value != int(value):
+        if not isinstance(value, int | float) or value not in range(1, MOST_SMALL_NUMBERS):
             raise ValueError(f"Expected a whole number {name!r} in {self.where}, got {value!r}.")
         return int(value)
 

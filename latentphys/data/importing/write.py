@@ -15,7 +15,7 @@ from latentphys.data.creation import create_store
 from latentphys.data.importing.detect import detect, reader
 from latentphys.data.importing.floor import measured, solenoidal_floor
 from latentphys.data.importing.source import ImportOptions, Source
-from latentphys.data.relayout import convert, converted_spec
+from latentphys.data.relayout import FLUX_UNIT, convert, converted_spec
 from latentphys.data.writer import StoreWriter
 from latentphys.exact import conserve
 from latentphys.fields import FieldSpec
@@ -45,7 +45,7 @@ def import_files(
             ``out.zarr, out-2.zarr``. Either all of them have their names at the end, or nothing has changed.
         format: one of `detect.FORMATS`. Default: found out from the content.
         options: what the files do not say.
-        flux: names of vectors in m/s that become solenoidal fluxes [m³/s], the nearest ones to them.
+        flux: names of vectors in m/s or T that become solenoidal fluxes (m³/s, Wb), the nearest ones to them.
         spectral: convert those exactly, as trigonometric polynomials, where the box is periodic; what is not
             solenoidal is taken off in spectral space. Default: interpolate to faces and project.
         dtype: ``float32`` or ``float64``. Default: float64 for stores with fluxes, and else what the files have.
@@ -58,22 +58,23 @@ def import_files(
 
     Raises:
         ValueError: files of no known format, damaged, contradictory or with numbers that are not finite; fields in
-            `flux` that are no velocities; or stores that exist.
+            `flux` that are no velocity or magnetic field; or stores that exist.
     """
     path, out, options = Path(path), Path(out), options or ImportOptions()
     if not path.exists():
         raise ValueError(f"Expected files to import at {path}, got nothing there; check the path.")
-    sources = reader(format or detect(path)).sources(path, options)
+    is_raw = options.shape is not None and options.dtype is not None
+    sources = reader(format or ("voxels" if is_raw else detect(path))).sources(path, options)
     if not sources:
         raise ValueError(f"Expected data to import at {path}, got none.")
     plans = [_Plan(source, path, flux, spectral, dtype) for source in sources]
     missing = sorted(set(flux) - {name for plan in plans for name in plan.converted})
     if missing:
-        vectors = sorted(
-            {n for s in sources for n, spec in s.specs.items() if (spec.kind, spec.unit) == ("vector", "m/s")}
-        )
+        specs = [spec for source in sources for spec in source.specs.values()]
+        vectors = sorted({spec.name for spec in specs if spec.kind == "vector" and spec.unit in FLUX_UNIT})
         raise ValueError(
-            f"Expected vectors in m/s to make fluxes of ({', '.join(vectors) or 'none'}), got {missing[0]!r}."
+            f"Expected vectors in {' or '.join(FLUX_UNIT)} to make fluxes of ({', '.join(vectors) or 'none'}), got "
+            f"{missing[0]!r}; say their units if the files do not."
         )
     targets = [out if i == 0 else out.with_name(f"{out.stem}-{i + 1}{out.suffix}") for i in range(len(plans))]
     for plan, target in zip(plans, targets, strict=True):
@@ -174,12 +175,7 @@ class _Plan:
                     advance(1)
 
     def _snapshot(self, name: str, trajectory: int, frame: int, geometry: Geometry) -> Any:
-        values = np.asarray(self.source.read(name, trajectory, frame))
-        if not np.isfinite(values).all():
-            raise ValueError(
-                f"Expected finite numbers in {self.path}, got NaN or infinity in {name!r}, trajectory {trajectory}, "
-                f"frame {frame}."
-            )
+        values = self.source.snapshot(name, trajectory, frame)
         if name in self.converted:
             return convert(torch.from_numpy(values.astype(np.float64)), geometry, self.before, "face_flux")
         if self.dtype == "float64" and self._solenoidal(self.specs[name]):
