@@ -79,7 +79,7 @@ def _solids(store: Store) -> str:
     if "solid" not in store.attributes["checksums"]:
         return "none"
     solid = store.array("solid")
-    shares = [float(np.mean(solid[i])) for i in range(len(store))]
+    shares = [float(np.asarray(solid[i]).mean()) for i in range(len(store))]
     return f"voxels, {min(shares):.3f} … {max(shares):.3f} of the box"
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from reference import BOUNDARIES, box, face_points, order, points, random_flux, random_geometry
+from scipy.optimize import brentq
 from torch import Tensor
 
 from latentphys import operators
@@ -112,6 +113,26 @@ def test_a_pulse_is_reflected_and_passes_as_the_impedances_say(density: float, s
     reflected, passed = (impedance - 1) / (impedance + 1), 2 * impedance / (impedance + 1)
     assert float(back[back.abs().argmax()]) == pytest.approx(reflected, abs=2e-3 * (1 + passed))
     assert float(on[on.abs().argmax()]) == pytest.approx(passed, rel=3e-3)
+
+
+def test_a_standing_wave_in_two_layers_is_second_order(unchecked: None) -> None:
+    """tan(ωL/2c₁)/ρ₁c₁ + tan(ωL/2c₂)/ρ₂c₂ = 0, the pressure and the velocity being continuous where the layers meet."""
+    densities, speeds, duration, errors = (1.0, 4.0), (1.0, 0.7), 1.3, []
+    omega = brentq(
+        lambda w: sum(math.tan(w / 2 / c) / (rho * c) for rho, c in zip(densities, speeds, strict=True)), 2.3, 2.8
+    )
+    walls = ("free_slip", "free_slip")
+    for n in (16, 32, 64):
+        grid = Grid((n, 1, 1), (1.0 / n, 1.0, 1.0), (walls, *BOUNDARIES["periodic"][1:]))  # type: ignore[arg-type]
+        x = points(grid, (0.5,) * 3)[0].expand(1, *grid.shape)
+        (rho, beyond), (c, slow) = densities, speeds
+        far = math.cos(omega / 2 / c) / math.cos(omega / 2 / slow) * (omega / slow * (1 - x)).cos()
+        shape = torch.where(x < 0.5, (omega / c * x).cos(), far)
+        solver = acoustics(Geometry(grid), torch.where(x < 0.5, rho, beyond))
+        state = solver.working(sound(grid, shape, torch.where(x < 0.5, c, slow)))
+        found = solver.advance(state, 0.0, duration)["pressure"]
+        errors.append(float((found - math.cos(omega * duration) * shape).norm() / shape.norm()))
+    assert errors[-1] < 1e-3 and all(1.8 < p < 2.2 for p in order(errors)), (errors, order(errors))
 
 
 @pytest.mark.parametrize("boundaries", ["periodic", "closed"])

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import foreign
 import numpy as np
 import pytest
 import zarr
@@ -228,7 +229,7 @@ def test_wrong_data(road: Road, refusal: Refusal, tmp_path: Path) -> None:
     for command in (["encode", road.autoencoder, flat, out], ["info", flat], ["validate", flat, "--out", out]):
         assert message in refusal(*command)
     shutil.copytree(road.fields["porous"], broken)
-    zarr.open_array(str(broken / "velocity"), mode="r+")[0] = np.nan
+    zarr.open_array(str(broken / "velocity"), mode="r+")[0, :, 0, 0] = np.nan
     assert "NaN or Inf in 'latent' at trajectory 0, time 0" in refusal("encode", road.autoencoder, broken, out)
     command = ["rollout", road.dynamics, broken, out, "--steps=1", "--trajectories", "0"]
     assert "Expected a finite flux" in refusal(*command)
@@ -288,3 +289,33 @@ def test_an_interrupt_has_status_130(
     monkeypatch.setattr(Trainer, "_check", interrupted)
     assert main(["train", *arguments("dynamics", road.inputs("dynamics"), tmp_path / "run")]) == 130
     assert "latentphys train: interrupted" in capsys.readouterr().err
+
+
+def test_import_and_export_data(tmp_path: Path, refusal: Refusal, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file of The Well becomes a store with exact fluxes, which goes out in both layouts and comes back."""
+    source, store = foreign.well(tmp_path / "anything", shape=(6, 4, 5)), tmp_path / "in.zarr"
+    capsys.readouterr()
+    assert main(["import", str(source), str(store), "--flux", "velocity", "--family", "mine"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == str(store) and any("velocity: h |div u| / rms(u) rms" in line for line in lines[1:])
+    assert open_store(store).family == "mine" and "velocity" in describe(store)["solenoidal floor"]
+    assert main(["validate", str(store), "--out", str(tmp_path / "report")]) == 0
+    for layout, out in (("well", tmp_path / "well"), ("vtkhdf", tmp_path / "vtk")):
+        assert main(["export-data", str(store), str(out), "--to", layout]) == 0
+        again = tmp_path / f"{layout}.zarr"
+        files = out if layout == "well" else sorted(out.iterdir())[0]
+        assert main(["import", str(files), str(again)]) == 0
+        assert open_store(again).grid.shape == (6, 4, 5)
+    assert "Expected a new path" in refusal("export-data", store, tmp_path / "well", "--to", "well")
+    assert "leave it out" in refusal("export-data", store, tmp_path / "w2", "--to", "well", "--trajectory", 0)
+    assert "got nothing there" in refusal("import", tmp_path / "nowhere", tmp_path / "out.zarr")
+    (tmp_path / "text").write_text("no data")
+    assert "none of them recognises" in refusal("import", tmp_path / "text", tmp_path / "out.zarr")
+    assert not (tmp_path / "out.zarr").exists()
+
+
+@pytest.mark.parametrize("wrong", ["periodic", "periodic,periodic,wall", "no_slip:no_slip:no_slip,periodic,periodic"])
+def test_boundaries_that_are_none(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["import", "a", "b", "--boundaries", wrong])
+    assert "Expected the sides of three axes out of periodic | no_slip" in capsys.readouterr().err

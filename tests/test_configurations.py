@@ -11,6 +11,7 @@ from latentphys.configuration import compose
 from latentphys.families import Family
 from latentphys.grid import Grid
 from latentphys.routers import Router
+from latentphys.sphere import Sphere
 from latentphys.training import Trainer, load_dynamics
 from latentphys.training.models import build
 from latentphys.transformer import LatentTransformer
@@ -37,7 +38,8 @@ def test_families_and_sizes(family: str, size: str) -> None:
     config = compose("simulate", [f"family={family}", f"size={size}"])
     built = build(config["family"])
     assert isinstance(built, Family) and built.name == family
-    assert built.grid(config["grid"]["shape"]).shape == tuple(config["grid"]["shape"])
+    shape, domain = tuple(config["grid"]["shape"]), built.grid(config["grid"]["shape"])
+    assert domain.shape == ((shape[0], 2 * shape[0]) if isinstance(domain, Sphere) else shape)
 
 
 @pytest.mark.parametrize("name", choices("autoencoder"))

@@ -15,7 +15,7 @@ from latentphys.data.exporting import export_well
 from latentphys.data.importing import import_files
 from latentphys.exact import conserve
 from latentphys.fields import VELOCITY, FieldSpec
-from latentphys.grid import Geometry, Grid
+from latentphys.grid import Boundaries, Geometry, Grid
 
 h5py = pytest.importorskip("h5py")
 
@@ -113,6 +113,13 @@ def test_flat_data_lose_the_axis_they_do_not_have(tmp_path: Path) -> None:
     assert np.array_equal(out_of_plane[1], store.read("field", 1, slice(None))[:, 2, ..., 0].float().numpy())
     (path,) = import_files(root, tmp_path / "back.zarr")
     assert open_store(path).grid == grid
+
+
+def test_the_two_ends_of_an_axis_may_differ(tmp_path: Path) -> None:
+    sides: Boundaries = (("periodic", "periodic"), ("no_slip", "free_slip"), ("inflow", "no_slip"))
+    store = _made(tmp_path / "flow.zarr", Geometry(Grid((4, 4, 4), (0.5, 0.25, 0.25), sides)))
+    (path,) = import_files(export_well(store, tmp_path / "set"), tmp_path / "back.zarr")
+    assert open_store(path).grid.boundaries == (sides[0], ("no_slip", "no_slip"), ("outflow", "no_slip"))
 
 
 def test_the_published_package_reads_it(store: Store, tmp_path: Path) -> None:

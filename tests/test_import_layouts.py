@@ -246,6 +246,9 @@ def test_any_hdf5_file_with_its_axes(tmp_path: Path) -> None:
         import_files(path, tmp_path / "other.zarr", options=ImportOptions(dataset="run/p", axes="t x y z"))
     with pytest.raises(ValueError, match="axes out of b t x y z c"):
         import_files(path, tmp_path / "other.zarr", options=ImportOptions(dataset="run/p", axes="t b q y z"))
+    with pytest.raises(ValueError, match="at most three components of a vector, got 4 named 'u'"):
+        four = foreign.dpot(tmp_path / "four", (6, 4, 3, 4))
+        import_files(four, tmp_path / "other.zarr", options=ImportOptions(fields=("u",) * 4))
     with pytest.raises(ValueError, match="names of 3 components"):
         options = ImportOptions(dataset="run/u", axes="t b x y z c", fields=("velocity",))
         import_files(path, tmp_path / "other.zarr", options=options)

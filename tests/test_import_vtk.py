@@ -2,6 +2,7 @@
 
 import base64
 import struct
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -71,9 +72,10 @@ def vti(
         body = base64.b64encode(struct.pack("<I", len(raw))).decode() + base64.b64encode(raw).decode()
     elif mode == "joined":
         body = base64.b64encode(struct.pack("<I", len(raw)) + raw).decode()
-    elif mode == "zlib":
+    elif mode in ("zlib", "zlib without its end"):
         compressor = 'compressor="vtkZLibDataCompressor"'
         blocks = [zlib.compress(raw[:100]), zlib.compress(raw[100:])] if len(raw) == 192 else []
+        blocks = blocks if mode == "zlib" else [blocks[0], blocks[1][:-4]]
         head = struct.pack("<5I", 2, 100, 92, *map(len, blocks))
         body = base64.b64encode(head).decode() + base64.b64encode(b"".join(blocks)).decode()
     elif mode == "raw":
@@ -151,6 +153,64 @@ def test_xml_files(tmp_path: Path, mode: str) -> None:
     assert found.times.tolist() == [0.5] and found.grid.spacing == SPACING
 
 
+def test_damage_in_encoded_numbers_is_found(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="0 of 92 bytes in block 1"):
+        source(vti(tmp_path / "a.vti", "zlib without its end")).read("p", 0, 0)
+    raw = vti(tmp_path / "a.vti", "raw").read_bytes()
+    for length in (184, 200):
+        (tmp_path / "a.vti").write_bytes(raw.replace(struct.pack("<I", 192), struct.pack("<I", length)))
+        with pytest.raises(ValueError, match="of 192 bytes"):
+            source(tmp_path / "a.vti").read("p", 0, 0)
+    data = vti(tmp_path / "b.vti", "base64").read_bytes()
+    middle = data.index(b"</DataArray>") - 100
+    for wrong in (b"A", b"=", b"!", "ä".encode()):
+        (tmp_path / "b.vti").write_bytes(data[:middle] + wrong + data[middle:])
+        with pytest.raises(ValueError, match=r"with 'p' that can be read at .*b\.vti"):
+            source(tmp_path / "b.vti").read("p", 0, 0)
+    for old, new, message in (
+        (b'"binary"', b'"binray"', "the format 'binray'"),
+        (b"LittleEndian", b"little", "byte_order LittleEndian .*'little'"),
+        (b"<VTKFile ", b'<VTKFile header_type="Int8" ', "header_type UInt32 .*'Int8'"),
+        (b"<VTKFile ", b'<VTKFile compressor="zip" ', "compressor vtkZLibDataCompressor .*'zip'"),
+    ):
+        (tmp_path / "b.vti").write_bytes(data.replace(old, new))
+        with pytest.raises(ValueError, match=message):
+            source(tmp_path / "b.vti").read("p", 0, 0)
+
+
+def test_lz4_without_vtk_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = vti(tmp_path / "a.vti", "zlib")
+    path.write_bytes(path.read_bytes().replace(b"ZLib", b"LZ4"))
+    monkeypatch.setitem(sys.modules, "vtkmodules.util.numpy_support", None)
+    with pytest.raises(ValueError, match=r"got none; install latentphys\[viz\]"):
+        source(path).read("p", 0, 0)
+
+
+def test_readers_of_vtk_agree_on_files_written_by_hand(tmp_path: Path) -> None:
+    pytest.importorskip("pyvista")
+    from vtkmodules.util.numpy_support import vtk_to_numpy
+    from vtkmodules.vtkIOHDF import vtkHDFReader
+    from vtkmodules.vtkIOLegacy import vtkStructuredPointsReader
+    from vtkmodules.vtkIOXML import vtkXMLImageDataReader
+
+    paths: list[Any] = [
+        (vti(tmp_path / mode, mode), vtkXMLImageDataReader) for mode in ("ascii", "base64", "zlib", "raw")
+    ]
+    paths += [(legacy(tmp_path / f"{binary}", binary=binary), vtkStructuredPointsReader) for binary in (False, True)]
+    paths += [(vtkhdf(tmp_path / "hdf"), vtkHDFReader)]
+    for path, kind in paths:
+        reader, found = kind(), source(path)
+        reader.SetFileName(str(path))
+        reader.Update()
+        image = reader.GetOutputDataObject(0)
+        assert image.GetSpacing() == found.grid.spacing and list(image.GetOrigin()) == found.about["origin"]
+        cells = image.GetCellData()
+        for name, array in (("p", "p"), ("velocity", "U")):
+            if name in found.specs:
+                theirs = vtk_to_numpy(cells.GetArray(array))
+                np.testing.assert_array_equal(theirs.ravel(), x_fastest(found.read(name, 0, 0)))
+
+
 @pytest.mark.parametrize("mode", ["Ascii", "Binary", "Appended"])
 @pytest.mark.parametrize("compressor", ["None", "ZLib", "LZMA", "LZ4"])
 def test_files_of_the_xml_writer_of_vtk(tmp_path: Path, mode: str, compressor: str) -> None:
@@ -186,7 +246,9 @@ def test_files_of_the_legacy_writer_of_vtk(tmp_path: Path, binary: bool) -> None
     image.cell_data["a b"] = np.array(x_fastest(P))
     image.cell_data.active_vectors_name = "U"
     image.point_data["tags"] = np.arange(60, dtype=np.int16)
+    image.GetCellData().GetArray("U").GetRange(-1)
     image.save(tmp_path / "a.vtk", binary=binary)
+    assert b"METADATA" in (tmp_path / "a.vtk").read_bytes()
     found = source(tmp_path / "a.vtk")
     np.testing.assert_allclose(found.read("velocity", 0, 0), U, rtol=1e-6)
     np.testing.assert_allclose(found.read("a_b", 0, 0), P, rtol=1e-6)
@@ -268,10 +330,11 @@ def test_a_series_becomes_a_store(tmp_path: Path) -> None:
         (b"DIMENSIONS 5 4 3", b"DIMENSIONS 5 4 0", "three axes with a point each"),
         (b"DIMENSIONS 5 4 3", b"DIMENSIONS 5 4", "DIMENSIONS"),
         (b"SPACING 0.5", b"SPACING -1", "positive spacings"),
-        (b"CELL_DATA 24", b"CELL_DATA 23", "24 values of CELL_DATA"),
+        (b"CELL_DATA 24", b"CELL_DATA 23", "'CELL_DATA 23' for 24 values"),
         (b"p 1 24", b"p 9999 99999999999", "numbers of an array"),
-        (b"p 1 24 double", b"p 1 24 string", "array of numbers"),
-        (b"VECTORS U double", b"VECTORS U double extra\nPOLYGONS 1 2 3", "cut off or damaged"),
+        (b"p 1 24 double", b"p 1 24 string", "arrays of numbers .*'string'; leave it out"),
+        (b"VECTORS U double", b"VECTORS U double extra\nPOLYGONS 1 2 3", "is damaged"),
+        (b"DIMENSIONS 5", b"FIELD FieldData 1\nTimeValue 0 1 double\nDIMENSIONS 5", "is damaged"),
     ],
 )
 @pytest.mark.parametrize("binary", [False, True])
@@ -290,7 +353,7 @@ def test_legacy_files_that_are_wrong(tmp_path: Path, old: bytes, new: bytes, mes
     [
         ({"Direction": "0 1 0 1 0 0 0 0 1"}, "box along the axes .*resample"),
         ({"WholeExtent": "0 99999 0 99999 0 99999"}, "one piece"),
-        ({"WholeExtent": "a b"}, "numbers in WholeExtent"),
+        ({"WholeExtent": "a b"}, "to float: 'a'; it is damaged"),
         ({"Spacing": "1 1 nan"}, "positive spacings"),
         (
             {"extra": '<CellData><DataArray type="Float64" Name="q" format="ascii">1 2</DataArray></CellData>'},

@@ -210,7 +210,7 @@ def test_well_beyond_the_stable_step_is_not(viscosity: float, resistivity: float
 
 
 @pytest.mark.slow
-def test_the_fused_solver_computes_what_the_plain_one_does() -> None:
+def test_the_fused_solver_computes_what_the_plain_one_does(unchecked: None) -> None:
     grid = box("periodic", (6, 4, 5))
     fields = random_fields(grid)
     plain = solver_of(grid, 0.1, 0.2).step(fields, 0.0, 1e-2)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -30,7 +31,7 @@ TRAINING = list(range(NUM_TRAJECTORIES - 1))
 def copied(store: Store, path: Path, flux: Callable[[int], float], parameter: Callable[[int], float]) -> Path:
     """The same store with the fluxes and the parameters of each trajectory times a factor."""
     factors = torch.tensor([parameter(i) for i in range(len(store))]).numpy()
-    solid = store.array("solid")[...] if "solid" in store.attributes["checksums"] else None
+    solid = np.asarray(store.array("solid")[...]) if "solid" in store.attributes["checksums"] else None
     with create_store(
         path,
         grid=store.grid,

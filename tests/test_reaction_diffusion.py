@@ -170,7 +170,7 @@ def test_the_stable_step_is_stable_and_many_of_them_are_not() -> None:
         dt = factor * solver.stable_step(fields)
         for _ in range(20):
             fields = solver.step(fields, 0.0, dt)
-        assert all(bool((value.abs() < 3).all()) for value in fields.values()) == holds, factor
+        assert all(bool((value.abs() < 4).all()) for value in fields.values()) == holds, factor
 
 
 def test_a_batch_of_solutions_is_its_solutions_and_fused_ones_are_the_same(

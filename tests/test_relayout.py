@@ -81,7 +81,8 @@ def test_spectral_and_back_loses_nothing(tmp_path: Path) -> None:
     source = write(tmp_path / "faces", grid, flux)
     spectral = open_store(relayout(source, tmp_path / "cells", "cell_spectral"))
     torch.testing.assert_close(velocities(spectral), u, rtol=0, atol=1e-12)
-    assert torch.equal(velocities(spectral), spectral_velocity(flux, grid))
+    # with several threads a batch is transformed in other pieces than its snapshots, which shows in the last bits
+    torch.testing.assert_close(velocities(spectral), spectral_velocity(flux, grid), rtol=0, atol=1e-14)
     back = open_store(relayout(spectral, tmp_path / "back", "face_flux"))
     torch.testing.assert_close(velocities(back), flux, rtol=0, atol=1e-12)
     assert float(operators.div(velocities(back), grid).abs().amax()) == 0.0

@@ -15,6 +15,7 @@ from latentphys.families.convection import BuoyantFlow, free_fall
 from latentphys.families.passive_scalar import StirredScalar
 from latentphys.families.scalar_transport import ScalarFlow, ScalarTransport, Total
 from latentphys.families.solver import Fields
+from latentphys.families.turbulence import StirredFlow
 from latentphys.grid import Boundaries, Boundary, Geometry, Grid
 from latentphys.projection import project
 
@@ -146,6 +147,15 @@ def test_a_mean_gradient_is_a_scalar_that_lies_on_a_slope() -> None:
     expected = flow.transport.rate(scalar + slope, flux)
     torch.testing.assert_close(found[:, 1:-1], expected[:, 1:-1], rtol=0, atol=1e-11)
     assert abs(float(found.sum())) < 1e-11
+
+
+def test_a_passive_scalar_leaves_the_stirred_flow_alone() -> None:
+    grid = two_pi_box((10, 8, 6))
+    flux, scalar = project(random_flux(grid, 1), Geometry(grid)), torch.randn(1, *grid.shape, dtype=torch.float64)
+    alone = StirredFlow(Geometry(grid), 0.1, 2.0, dtype=torch.float64)
+    carrying = StirredScalar(Geometry(grid), 0.1, 0.2, 2.0, 2, 0.8, dtype=torch.float64)
+    after = carrying.step({"velocity": flux, "scalar": scalar}, 0.0, 0.01)["velocity"]
+    torch.testing.assert_close(after, alone.step({"velocity": flux}, 0.0, 0.01)["velocity"], rtol=0, atol=1e-14)
 
 
 def decay(diffusivity: float, factor: float) -> float:

@@ -195,7 +195,7 @@ def test_another_box_is_refused(road: Road, surrogate: Surrogate) -> None:
     with pytest.raises(ValueError, match="the family given to init, 'porous', got 'open_channel'"):
         surrogate.step(replace(state, family="open_channel"))
     same = Geometry(state.grid, ~state.geometry.fluid)
-    surrogate.step(replace(state, geometry=same))
+    surrogate.step(replace(state, place=same))
     spacing = state.grid.spacing
     for grid, message in (
         (Grid(SHAPE, spacing, WALLS), "the boundaries this model knows"),
@@ -210,7 +210,7 @@ def test_another_box_is_refused(road: Road, surrogate: Surrogate) -> None:
 
 def test_parameters_that_the_model_does_not_know_are_refused(road: Road, surrogate: Surrogate) -> None:
     state = first(road)
-    message = r"parameters among \['force', 'viscosity'\], got 'viscocity'"
+    message = r"parameters among \['force', 'porosity', 'viscosity'\], got 'viscocity'"
     with pytest.raises(ValueError, match=message):
         surrogate.init(replace(state, parameters={"viscocity": 0.01}))
     surrogate.init(state)

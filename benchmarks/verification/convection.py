@@ -67,7 +67,7 @@ def critical_rayleigh(
     fields = solver.advance(solver.working(start), 0.0, 0.2 * conduction)
     before = operators.kinetic_energy(fields["velocity"], grid)
     fields = solver.advance(fields, 0.0, 0.1 * conduction)
-    growth = (operators.kinetic_energy(fields["velocity"], grid) / before).log() * torch.tensor(rayleigh).sqrt()
+    growth = (operators.kinetic_energy(fields["velocity"], grid) / before).log().cpu() * torch.tensor(rayleigh).sqrt()
     low, high = (float(rate) for rate in growth)
     root = math.sqrt(rayleigh[0]) - low * (math.sqrt(rayleigh[1]) - math.sqrt(rayleigh[0])) / (high - low)
     return root**2
@@ -79,7 +79,7 @@ def onset(device: str, size: str) -> Result:
     rows, lines = [], []
     for name, (plates, wavenumber, reference) in ONSET.items():
         found = np.array([critical_rayleigh(plates, wavenumber, reference, nz, device) for nz in sizes])
-        settings = f"2 × {sizes[-1]} × {sizes[-1]} cells, Pr = 1, FP64"
+        settings = f"{2 * sizes[-1]} × {sizes[-1]} cells, Pr = 1, FP64"
         limit = found[-1] + (found[-1] - found[-2]) / 3
         source = "Chandrasekhar (1961), ch. II"
         rows += [
@@ -102,7 +102,8 @@ def onset(device: str, size: str) -> Result:
 
 def nusselt(fields: Fields, diffusivity: Tensor, grid: Grid) -> dict[str, Tensor]:
     """Nu of each trajectory by four measures that agree to rounding once the flow is steady."""
-    temperature, kappa = fields["temperature"], diffusivity.flatten().to(fields["temperature"])
+    fields = {name: value.cpu() for name, value in fields.items()}
+    temperature, kappa = fields["temperature"], diffusivity.flatten().cpu()
     dz, mean = grid.spacing[2], temperature.mean((1, 2))
     bottom, top = (PLATES["z-"] - mean[:, 0]) * 2 / dz, (mean[:, -1] - PLATES["z+"]) * 2 / dz
     w = operators.velocity(fields["velocity"], grid)[:, 2]
@@ -120,7 +121,8 @@ def nusselt(fields: Fields, diffusivity: Tensor, grid: Grid) -> dict[str, Tensor
 def steady_rolls(device: str, size: str) -> Result:
     """Two Ra at a time from rolls of about their final strength until nothing changes."""
     sizes = (8, 16, 24) if size == "small" else (16, 32, 64)
-    rows, curves = [], {name: [] for name in ROLLS}
+    rows: list[Row] = []
+    curves: dict[float, list[float]] = {rayleigh: [] for rayleigh in ROLLS}
     for nz in sizes:
         grid = slice_of(("no_slip", "no_slip"), 3.117, nz)
         solver = layer(grid, list(ROLLS), 0.71, device)
@@ -132,8 +134,8 @@ def steady_rolls(device: str, size: str) -> Result:
             if float((found["bottom"] - before).abs().amax()) < 1e-6:
                 break
             before = found["bottom"]
-        for i, name in enumerate(ROLLS):
-            curves[name].append(float(found["bottom"][i]))
+        for i, rayleigh in enumerate(ROLLS):
+            curves[rayleigh].append(float(found["bottom"][i]))
     settings = f"{2 * sizes[-1]} × {sizes[-1]} cells, steady at t = {time:g}, FP64"
     for i, (rayleigh, reference) in enumerate(ROLLS.items()):
         values, about = curves[rayleigh], f"of rolls at Ra = {rayleigh:g} [1]"

@@ -91,7 +91,11 @@ def hasimoto(c: float) -> float:
 
 
 def sphere_arrays(device: str, size: str) -> Result:
-    """K at grids ever finer; voxels scatter, so that the order is that of a line through the errors of all."""
+    """K on ever finer grids.
+
+    Too small by some percent on the coarsest, a little too large from some 24 cells on, with a scatter of about 1 %
+    from where the voxels happen to lie: no order can be read off such a sequence, so none is claimed.
+    """
     sizes = (12, 16, 24, 32) if size == "small" else (16, 24, 32, 48, 64, 96, 128)
     fractions, dilute = [0.064, 0.216, 0.45], 0.008
     errors, rows, lines = [], [], []
@@ -113,19 +117,10 @@ def sphere_arrays(device: str, size: str) -> Result:
         )
     )
     table = np.abs(np.array(errors))
-    mean = np.sqrt((table**2).mean(1))
-    slope = -float(np.polyfit(np.log(sizes), np.log(mean), 1)[0])
-    sequence = " / ".join(f"{e:.2%}" for e in mean)
-    rows.append(
-        Row(
-            "order of K in h, RMS over the three c [1]",
-            slope,
-            1.5,
-            0.6,
-            "first (voxels) to second order",
-            f"errors {sequence}",
-        )
-    )
+    for n, own in zip(sizes, errors, strict=True):
+        rms, each = math.sqrt(np.square(own).mean()), " / ".join(f"{100 * e:+.2f}" for e in own)
+        tolerance = {12: 0.1, 16: 0.05}.get(n, 0.02)
+        rows.append(Row(f"error of K, RMS over the three c, {n}³ [1]", rms, 0.0, tolerance, SOURCE, f"{each} %"))
     lines = [Line(f"c ≈ {fraction}", np.array(sizes), table[:, i]) for i, fraction in enumerate(fractions)]
     lines.append(Line("h", np.array(sizes), 0.4 / np.array(sizes), is_reference=True))
     return Result(rows, [Plot("Drag of sphere arrays", "cells per side", "relative error of K", lines, "log", "log")])
@@ -185,7 +180,7 @@ def steady_flow(solid: np.ndarray, viscosity: Tensor, force: Tensor, device: str
 
 def darcy(device: str, size: str) -> Result:
     """k = νU/f at small and larger forces in one pack."""
-    n = 16 if size == "small" else 48
+    n = 12 if size == "small" else 48
     diameter = 0.4
     solid = sphere_pack(cube(n), 0.65, diameter, np.random.default_rng(2))
     strength = torch.tensor([1.0, 10.0, 10.0, 1e3, 3e3, 1e4, 3e4]).double()

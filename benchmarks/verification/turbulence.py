@@ -165,7 +165,7 @@ def developed_statistics(device: str, size: str) -> Result:
     n, viscosity, spin_up, num_frames = (48, 0.03, 6.0, 24) if size == "small" else (256, 0.003, 8.0, 24)
     grid = cube(n, 2 * math.pi)
     geometry, interval = Geometry(grid), 0.4
-    solver = StirredFlow(geometry, viscosity, 1.0, device=device, compiled=True)
+    solver = StirredFlow(geometry, viscosity, 1.0, device=device, compiled=size == "large")
     fields = solver.working({"velocity": broadband(geometry, 2.0, -5 / 6, generator(0, 0, 1))[None]})
     fields = solver.advance(fields, 0.0, spin_up)
     energies, losses, skew, spectra = [], [], [], []

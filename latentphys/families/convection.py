@@ -70,8 +70,8 @@ class Convection(Family):
 
     Args:
         rayleigh: range of Ra = g α ΔT H³/(ν κ), drawn evenly in its logarithm. Convection begins at 1708 between rigid
-            plates. The thermal boundary layers, H/(2 Nu) thick, want three cells or more: Nu is about 4.5 at 1e5, 8.5
-            at 1e6, 17 at 1e7.
+            plates. The thermal boundary layers, H/(2 Nu) thick, want three cells or more: Nu is about 5 at 1e5 and 9
+            at 1e6.
         prandtl: range of Pr = ν/κ, drawn likewise.
         lengths: box (Lx, Ly, H) [m]; H must be 1.
         plates: the bottom and the top, each ``no_slip`` or ``free_slip``.

@@ -61,6 +61,15 @@ class Family(ABC):
     interval: float
     spin_up: float
 
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Refuse a shape that no domain of the family can have.
+
+        Raises:
+            ValueError: another number of axes than three.
+        """
+        if len(shape) != 3:
+            raise ValueError(f"Expected a shape of three axes, such as [32, 32, 32], got {list(shape)}.")
+
     @abstractmethod
     def grid(self, shape: Sequence[int]) -> Domain:
         """The domain with this many cells, (nx, ny, nz), or points (nlat, nlon) on a sphere."""

@@ -48,9 +48,12 @@ def carries_flow(grid: Grid, solid: np.ndarray) -> bool:
     """Whether one pore space winds round all three axes, so that a force in any direction drives a flow through it."""
     from scipy.ndimage import label
 
-    labels = label(~solid)[0]
+    if solid.all():
+        return False
+    labels = np.empty(solid.shape, dtype=np.int32)
+    label(~solid, output=labels)
     # A path inside the box between two cells that face each other across its sides is soon found, and enough.
-    sides = [(labels.take(0, axis), labels.take(-1, axis)) for axis in range(3)]
+    sides = [np.take(labels, (0, -1), axis=axis).swapaxes(0, axis) for axis in range(3)]
     through = [set(low[low == high].tolist()) for low, high in sides]
     if set.intersection(*through) - {0}:
         return True

@@ -22,6 +22,7 @@ from latentphys import operators
 from latentphys.families.family import DrivenFlow, Parameters, broadband, check_range, generator, uniform
 from latentphys.families.solver import Fields
 from latentphys.grid import Boundaries, Geometry, Grid
+from latentphys.sphere import Sphere
 
 
 def reichardt(z_plus: Tensor) -> Tensor:
@@ -65,7 +66,8 @@ class OpenChannel(DrivenFlow):
     def draw(self, seed: int, trajectory: int) -> dict[str, Any]:
         return {"viscosity": 1.0 / uniform(self.reynolds, generator(seed, trajectory, 0))}
 
-    def initial(self, geometry: Geometry, parameters: Mapping[str, Any], seed: int, trajectory: int) -> Fields:
+    def initial(self, geometry: Geometry | Sphere, parameters: Mapping[str, Any], seed: int, trajectory: int) -> Fields:
+        assert isinstance(geometry, Geometry)
         grid = geometry.grid
         z = (torch.arange(grid.shape[2], dtype=torch.float64) + 0.5) * grid.spacing[2]
         u = torch.zeros(3, *grid.shape, dtype=torch.float64)

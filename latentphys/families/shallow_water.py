@@ -253,16 +253,20 @@ class ShallowWaterSphere(Family):
             if not getattr(self, name) > 0:
                 raise ValueError(f"Expected a positive {name}, got {getattr(self, name)}.")
 
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Refuse what is neither (nlat, nlon) nor three equal numbers."""
+        if len(shape) != 2 and not (len(shape) == 3 and len(set(shape)) == 1):
+            raise ValueError(f"Expected (nlat, nlon) or three equal numbers n for (n, 2n), got {list(shape)}.")
+
     def grid(self, shape: Sequence[int]) -> Sphere:
         """The sphere with (nlat, nlon) points; three equal numbers n, as presets for boxes have them, mean (n, 2n).
 
         Raises:
             ValueError: another shape.
         """
-        if len(shape) == 3 and len(set(shape)) == 1:
+        self.check_shape(shape)
+        if len(shape) == 3:
             return Sphere(shape[0], 2 * shape[0], self.radius)
-        if len(shape) != 2:
-            raise ValueError(f"Expected (nlat, nlon) or three equal numbers n for (n, 2n), got {list(shape)}.")
         return Sphere(shape[0], shape[1], self.radius)
 
     def draw(self, seed: int, trajectory: int) -> dict[str, Any]:

@@ -68,6 +68,7 @@ def simulate(
         )
     if isinstance(workers, int) and workers < 1:
         raise ValueError(f"Expected at least one worker, or the address of a dask cluster, got {workers}.")
+    family.check_shape(shape)
     domain = family.grid(shape)
     times = np.arange(num_frames) * family.interval
     drawn = [family.draw(seed, i) for i in range(num_trajectories)]

@@ -75,7 +75,7 @@ def train_dynamics(config: Config) -> Path:
     torch.manual_seed(trainer.seed)
     settings = config["dynamics_training"]
     train, test = _split(stores, config["held_out"])
-    conditioning = Conditioning.fit(sources)
+    conditioning = Conditioning.fit(sources, train)
     intervals = {store.family: _interval(store, settings) for store in stores}
     dynamics = new_dynamics(config["dynamics"], autoencoder.latent_channels, conditioning, intervals)
     length = dynamics.num_frames + settings["unroll"]

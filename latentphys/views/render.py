@@ -110,7 +110,8 @@ def render(
         pictures.append(Picture(path, f"{store.family}: {title}", caption))
 
     velocity = store.specs.get("velocity")
-    has_flow = velocity is not None and velocity.kind == "flux" and min(store.domain.shape) > 1
+    is_solenoidal = velocity is not None and (velocity.kind, velocity.constraint) == ("flux", "solenoidal")
+    has_flow = is_solenoidal and min(store.domain.shape) > 1
     for spec in store.specs.values():
         if not (has_flow and spec is velocity):
             everywhere = "the whole sphere, an equal-area map" if isinstance(store.domain, Sphere) else _PLANE

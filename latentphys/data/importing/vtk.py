@@ -12,18 +12,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from einops import rearrange
 
 from latentphys.data.importing import vtkhdf, vtklegacy, vtkxml
 from latentphys.data.importing.boxes import box, field_name, frames, spec
+from latentphys.data.importing.damaged import readable
 from latentphys.data.importing.numbered import series_name, visible_files
 from latentphys.data.importing.source import ImportOptions, Source
 from latentphys.data.importing.vtkimage import RESAMPLE, Arrays, Centring, Image
 from latentphys.fields import FieldSpec
 from latentphys.grid import Boundary
 
+KIND = "VTK image data"
 VELOCITIES = ("velocity", "vel", "u")
 PERIODIC: tuple[Boundary, Boundary] = ("periodic", "periodic")
 ALIKE = 1e-6
@@ -64,7 +66,8 @@ def sources(path: Path, options: ImportOptions) -> list[Source]:
     first = images[0]
     for image in images[1:]:
         _check_alike(first, image)
-    arrays = first.arrays()
+    reader = _Reader(images)
+    arrays = reader.arrays(0)
     centring: Centring = "cells" if any(where == "cells" for where, _ in arrays) else "points"
     specs, raw, solid_name = _specs(arrays, centring, options, path)
     about = {
@@ -78,16 +81,15 @@ def sources(path: Path, options: ImportOptions) -> list[Source]:
     if centring == "points":
         about["points"] = "values at points are taken for values in cells around them"
     grid = box(first.shape(centring), first.spacing, [PERIODIC] * 3, options, str(path))
-    reader = _Reader(images, centring)
     solid = None
     if solid_name is not None:
-        voxels = reader.array(0, solid_name)[0]
+        voxels = reader.array(0, centring, solid_name)[0]
         if not np.isin(voxels, (0, 1)).all():
             raise ValueError(f"Expected zeros and ones in 'solid' of {first.path}, got other values; rename the array.")
         solid = voxels.astype(bool)[None] if voxels.any() else None
 
     def read(name: str, trajectory: int, frame: int) -> np.ndarray:
-        values = reader.array(frame, raw[name])
+        values = reader.array(frame, centring, raw[name])
         return values[0] if specs[name].kind == "scalar" else values
 
     return [
@@ -129,22 +131,16 @@ def _read(path: Path) -> list[Image]:
     if not path.exists():
         raise ValueError(f"Expected a file or folder at {path}, got nothing there.")
     kind = _kind(path)
-    try:
+    with readable(path, KIND):
         if kind == "legacy":
             return [vtklegacy.read(path)]
         if kind == "vtkhdf":
             return vtkhdf.read(path)
         if kind == "Collection":
-            return [_at(image, time) for time, file in vtkxml.collection(path) for image in _read(file)]
+            return [replace(image, time=t) for t, file in vtkxml.collection(path) for image in _read(file)]
         if kind is not None:
             return [vtkxml.read(path)]
-    except OSError as error:
-        raise ValueError(f"Expected a file that can be read, got {path}: {error.strerror}.") from error
     raise ValueError(f"Expected VTK image data (legacy, .vti or VTKHDF) in {path}, got something else; {RESAMPLE}.")
-
-
-def _at(image: Image, time: float) -> Image:
-    return Image(image.path, image.points, image.origin, image.spacing, time, image.arrays)
 
 
 def _check_alike(first: Image, image: Image) -> None:
@@ -205,23 +201,26 @@ def _image_times(images: Sequence[Image], options: ImportOptions, path: Path) ->
 class _Reader:
     """Reads arrays of a series; keeps the file read last, since its fields are asked for one after another."""
 
-    def __init__(self, images: Sequence[Image], centring: Centring) -> None:
-        self._images, self._centring = images, centring
-        self._last: tuple[int, Any] = (-1, None)
+    def __init__(self, images: Sequence[Image]) -> None:
+        self._images = images
+        self._last: tuple[int, Arrays] = (-1, {})
 
-    def array(self, frame: int, name: str) -> np.ndarray:
+    def arrays(self, frame: int) -> Arrays:
+        """The arrays of one frame."""
+        if self._last[0] != frame:
+            with readable(self._images[frame].path, KIND):
+                self._last = (frame, self._images[frame].arrays())
+        return self._last[1]
+
+    def array(self, frame: int, centring: Centring, name: str) -> np.ndarray:
         """One array of one frame, (component, nx, ny, nz)."""
         image = self._images[frame]
-        if self._last[0] != frame:
-            self._last = (frame, image.arrays())
-        found = self._last[1].get((self._centring, name))
+        found = self.arrays(frame).get((centring, name))
         if found is None:
-            raise ValueError(f"Expected the array {name!r} in {self._centring} of {image.path}, got none.")
-        try:
+            raise ValueError(f"Expected the array {name!r} in {centring} of {image.path}, got none.")
+        with readable(image.path, f"{KIND} with {name!r}"):
             values = found.read()
-        except OSError as error:
-            raise ValueError(f"Expected {name!r} in {image.path}, got: {error}.") from error
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise ValueError(f"Expected finite numbers in {name!r} of {image.path}, got NaN or infinity.")
-        shape = image.shape(self._centring)
-        return np.ascontiguousarray(values.T.reshape(found.components, *shape[::-1]).transpose(0, 3, 2, 1))
+        nx, ny, nz = image.shape(centring)
+        return np.ascontiguousarray(rearrange(values, "(z y x) c -> c x y z", z=nz, y=ny, x=nx))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from latentphys.data.importing.h5 import Array, H5File, is_hdf5
-from latentphys.data.importing.vtkimage import RESAMPLE, Arrays, Centring, Image, Values, checked_image
+from latentphys.data.importing.vtkimage import RESAMPLE, Arrays, Centring, Image, Values, checked_image, shape
 
-GROUPS: tuple[tuple[Centring, str], ...] = (("points", "PointData"), ("cells", "CellData"))
+GROUPS: dict[Centring, str] = {"points": "PointData", "cells": "CellData"}
 
 
 def recognises(path: Path) -> bool:
@@ -34,8 +35,7 @@ def read(path: Path) -> list[Image]:
     attributes = file.attributes("VTKHDF")
     if attributes.get("Type") != "ImageData":
         raise ValueError(f"Expected VTKHDF ImageData in {path}, got {attributes.get('Type')!r}; {RESAMPLE}.")
-    extent, spacing = _numbers(attributes, "WholeExtent", path), _numbers(attributes, "Spacing", path)
-    origin = _numbers(attributes, "Origin", path)
+    extent, spacing, origin = (_numbers(attributes, key, path) for key in ("WholeExtent", "Spacing", "Origin"))
     if len(extent) != 6 or len(origin) != 3 or len(spacing) != 3:
         raise ValueError(f"Expected WholeExtent, Origin and Spacing of three axes in {path}, got {attributes}.")
     points = [int(high - low) + 1 for low, high in zip(extent[::2], extent[1::2], strict=True)]
@@ -50,60 +50,51 @@ def read(path: Path) -> list[Image]:
             raise ValueError(f"Expected NSteps = {len(times)}, the number of times in {path}, got {number}.")
     arrays = {
         (centring, name): file.array(f"VTKHDF/{group}/{name}")
-        for centring, group in GROUPS
+        for centring, group in GROUPS.items()
         if file.has(f"VTKHDF/{group}")
         for name in file.names(f"VTKHDF/{group}")
     }
     most = sum(math.prod(array.shape or (0,)) for array in arrays.values())
-    steps = []
-    for step, time in enumerate(times):
-        found = _Step(file, arrays, points, step, is_temporal)
-        steps.append(checked_image(path, points, origin, spacing, time, most, found, direction))
-    return steps
+
+    def at(step: int) -> Arrays:
+        return {
+            key: _values(file, array, key, shape(points, key[0])[::-1], step if is_temporal else None)
+            for key, array in arrays.items()
+        }
+
+    return [
+        checked_image(path, points, origin, spacing, time, most, partial(at, step), direction)
+        for step, time in enumerate(times)
+    ]
 
 
-class _Step:
-    """The arrays of one step."""
+def _values(file: H5File, array: Array, key: tuple[Centring, str], axes: tuple[int, ...], step: int | None) -> Values:
+    """One array, (z, y, x[, component]), at a step, None where there are none."""
+    full = array.shape or ()
+    rest = full if step is None else full[1:]
+    if rest[:3] != axes or len(rest) > 4:
+        lead = "" if step is None else "step, "
+        raise ValueError(f"Expected {array.where} of shape ({lead}{axes}[, component]), got {full}.")
+    components = rest[3] if len(rest) == 4 else 1
 
-    def __init__(
-        self, file: H5File, arrays: dict[tuple[Centring, str], Array], points: list[int], step: int, is_temporal: bool
-    ) -> None:
-        self._file, self._arrays, self._points, self._step = file, arrays, points, step
-        self._is_temporal = is_temporal
+    def read() -> np.ndarray:
+        index = () if step is None else (_offset(file, key, step, full[0]),)
+        return array.read(index).reshape(-1, components)
 
-    def __call__(self) -> Arrays:
-        return {key: self._values(key) for key in self._arrays}
+    unit = file.attributes(f"VTKHDF/{GROUPS[key[0]]}/{key[1]}").get("units")
+    return Values(components, read, unit if isinstance(unit, str) and unit else None)
 
-    def _values(self, key: tuple[Centring, str]) -> Values:
-        centring, name = key
-        array = self._arrays[key]
-        shape = tuple(n if centring == "points" else max(n - 1, 1) for n in self._points[::-1])
-        full = array.shape or ()
-        axes = full[1:] if self._is_temporal else full
-        if axes[:3] != shape or len(axes) > 4:
-            lead = "step, " if self._is_temporal else ""
-            raise ValueError(f"Expected {array.where} of shape ({lead}{shape}[, component]), got {full}.")
-        components = axes[3] if len(axes) == 4 else 1
 
-        def read() -> np.ndarray:
-            index: tuple[int | slice, ...] = (self._offset(key, full[0]),) if self._is_temporal else ()
-            return array.read(index).reshape(math.prod(shape), components)
-
-        group = "PointData" if centring == "points" else "CellData"
-        unit = self._file.attributes(f"VTKHDF/{group}/{name}").get("units")
-        return Values(components, read, unit if isinstance(unit, str) and unit else None)
-
-    def _offset(self, key: tuple[Centring, str], most: int) -> int:
-        """Where a step begins in an array: arrays that do not change are written once."""
-        group = "PointDataOffsets" if key[0] == "points" else "CellDataOffsets"
-        name = f"VTKHDF/Steps/{group}/{key[1]}"
-        offset = self._step
-        if self._file.has(name):
-            offsets = self._file.numbers(name).ravel()
-            offset = int(offsets[self._step]) if self._step < offsets.size else -1
-        if not 0 <= offset < most:
-            raise ValueError(f"Expected step {self._step} of {key[1]!r} in {self._file.path}, got only {most} of them.")
-        return offset
+def _offset(file: H5File, key: tuple[Centring, str], step: int, most: int) -> int:
+    """Where a step begins in an array: arrays that do not change are written once."""
+    name = f"VTKHDF/Steps/{GROUPS[key[0]]}Offsets/{key[1]}"
+    offset = step
+    if file.has(name):
+        offsets = file.numbers(name).ravel()
+        offset = int(offsets[step]) if step < offsets.size else -1
+    if not 0 <= offset < most:
+        raise ValueError(f"Expected step {step} of {key[1]!r} in {file.path}, got only {most} of them.")
+    return offset
 
 
 def _numbers(attributes: dict[str, Any], key: str, path: Path) -> list[float]:

@@ -1,13 +1,14 @@
 """What every VTK file of image data comes to: a box of points, and arrays at its points or in its cells.
 
-The formats differ in how they write numbers down; `vtklegacy`, `vtkxml` and `vtkhdf` read them. VTK's own readers are
-not used here: they report damage on stderr, go on with what they have, and end the process where a size is absurd.
+The formats differ in how they write numbers down; `vtklegacy`, `vtkxml` and `vtkhdf` read them. They raise what they
+stumble over, of which `vtk` makes one line. VTK's own readers are not used: where a file is cut off they fill arrays
+with what happens to be in memory and say nothing, and damaged headers end the process.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,6 +27,11 @@ class Values:
     components: int
     read: Callable[[], np.ndarray]
     unit: str | None = None
+
+    @staticmethod
+    def of(values: np.ndarray) -> Values:
+        """An array (tuple, component) that is in memory."""
+        return Values(values.shape[1], lambda: values)
 
 
 Arrays = Mapping[tuple[Centring, str], Values]
@@ -52,11 +58,13 @@ class Image:
 
     def shape(self, centring: Centring) -> tuple[int, int, int]:
         """Number of values along x, y, z; an axis of one point is one cell thick."""
-        x, y, z = (n if centring == "points" else max(n - 1, 1) for n in self.points)
-        return x, y, z
+        return shape(self.points, centring)
 
-    def size(self, centring: Centring) -> int:
-        return math.prod(self.shape(centring))
+
+def shape(points: Sequence[int], centring: Centring) -> tuple[int, int, int]:
+    """Number of values along x, y, z in a box of points; an axis of one point is one cell thick."""
+    x, y, z = (n if centring == "points" else max(n - 1, 1) for n in points)
+    return x, y, z
 
 
 def checked_image(
@@ -80,7 +88,7 @@ def checked_image(
         h <= 0 for n, h in zip(points, spacing, strict=True) if n > 1
     ):
         raise ValueError(f"Expected positive spacings in {path}, got {spacing} from {origin}; write it again.")
-    if math.prod(max(n - 1, 1) for n in points) > most:
+    if math.prod(shape(points, "cells")) > most:
         raise ValueError(
             f"Expected {points} points in {path}, got a file too small for them; it is cut off or damaged."
         )
@@ -90,8 +98,3 @@ def checked_image(
         raise ValueError(f"Expected a finite time in {path}, got {time}.")
     (nx, ny, nz), (ox, oy, oz), (dx, dy, dz) = points, origin, spacing
     return Image(path, (nx, ny, nz), (ox, oy, oz), (dx, dy, dz), time, arrays)
-
-
-def known(values: np.ndarray, components: int) -> Values:
-    """An array that is in memory."""
-    return Values(components, lambda: values)

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import lzma
+import math
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 
-from latentphys.data.importing.vtkimage import RESAMPLE, Arrays, Centring, Image, Values, checked_image
+from latentphys.data.importing.vtkimage import RESAMPLE, Arrays, Centring, Image, Values, checked_image, shape
 
 HEAD = 2**12
-TYPES = {
-    f"{kind}{bits}": f"{code}{bits // 8}" for kind, code in (("Int", "i"), ("UInt", "u")) for bits in (8, 16, 32, 64)
-}
+WORDS = {"UInt32": "u4", "UInt64": "u8"}
+TYPES = WORDS | {"Int8": "i1", "UInt8": "u1", "Int16": "i2", "UInt16": "u2", "Int32": "i4", "Int64": "i8"}
 TYPES |= {"Float32": "f4", "Float64": "f8"}
+ORDERS = {"LittleEndian": "<", "BigEndian": ">"}
 MOST_SQUEEZED = 10000
 """How many times smaller than its numbers a compressed file may be."""
+_TYPE = re.compile(rb"<VTKFile\b[^>]*?\btype\s*=\s*[\"'](\w+)[\"']")
+_RAW = re.compile(rb"\bencoding\s*=\s*[\"']raw[\"']")
 
 
 def _lz4(block: bytes, size: int) -> bytes:
@@ -32,7 +36,7 @@ def _lz4(block: bytes, size: int) -> bytes:
         from vtkmodules.vtkCommonCore import vtkObject
         from vtkmodules.vtkIOCore import vtkLZ4DataCompressor
     except ImportError as error:
-        raise ValueError("LZ4, for which latentphys[viz] is needed") from error
+        raise ValueError("Expected VTK for files packed with LZ4, got none; install latentphys[viz].") from error
     shown = vtkObject.GetGlobalWarningDisplay()
     vtkObject.GlobalWarningDisplayOff()
     try:
@@ -42,12 +46,17 @@ def _lz4(block: bytes, size: int) -> bytes:
     return vtk_to_numpy(unpacked).tobytes() if unpacked is not None else b""
 
 
+def _whole(decoder: Any, block: bytes, size: int) -> bytes:
+    """At most `size` bytes and one; nothing where the block lacks its end, and with it its checksum."""
+    unpacked: bytes = decoder.decompress(block, size + 1)
+    return unpacked if decoder.eof else b""
+
+
 COMPRESSORS: dict[str, Callable[[bytes, int], bytes]] = {
-    "vtkZLibDataCompressor": lambda block, size: zlib.decompressobj().decompress(block, size + 1),
+    "vtkZLibDataCompressor": lambda block, size: _whole(zlib.decompressobj(), block, size),
     "vtkLZ4DataCompressor": _lz4,
-    "vtkLZMADataCompressor": lambda block, size: lzma.LZMADecompressor().decompress(block, size + 1),
+    "vtkLZMADataCompressor": lambda block, size: _whole(lzma.LZMADecompressor(), block, size),
 }
-_TYPE = re.compile(rb"<VTKFile\b[^>]*?\btype\s*=\s*[\"'](\w+)[\"']")
 
 
 def kind(path: Path) -> str | None:
@@ -59,97 +68,72 @@ def kind(path: Path) -> str | None:
 
 @dataclass(frozen=True)
 class XmlFile:
-    """The tree of a file, and the bytes after ``<AppendedData …>_``."""
+    """The tree of a file, the bytes after ``<AppendedData …>_``, and whether they are raw, not base64."""
 
-    path: Path
     root: ElementTree.Element
     appended: bytes
     is_raw: bool
 
-    @property
-    def order(self) -> str:
-        return ">" if self.root.get("byte_order") == "BigEndian" else "<"
-
-    def fail(self, expected: str, got: str) -> ValueError:
-        return ValueError(f"Expected {expected} in {self.path}, got {got}; the file is cut off or damaged.")
-
-    def numbers(self, element: ElementTree.Element, size: int) -> np.ndarray:
-        """`size` numbers of a DataArray.
+    def numbers(self, element: ElementTree.Element, shape: tuple[int, int]) -> np.ndarray:
+        """Numbers of a DataArray, (tuple, component).
 
         Raises:
             ValueError: another number of them, or bytes that are not what the file says.
         """
-        name = element.get("Name", "?")
+        size = math.prod(shape)
         if element.get("type") not in TYPES:
-            raise self.fail(f"numbers in array {name!r}", f"type {element.get('type')!r}")
-        dtype = np.dtype(self.order + TYPES[element.get("type", "")])
+            raise ValueError(f"numbers of the type {element.get('type')!r}")
         if element.get("format") == "ascii":
             words = (element.text or "").split()
             if len(words) != size:
-                raise self.fail(f"{size} numbers in array {name!r}", str(len(words)))
-            try:
-                return np.array(words).astype(np.float64)
-            except ValueError as error:
-                raise self.fail(f"numbers in array {name!r}", str(error)) from error
-        try:
-            data = self._bytes(element, size * dtype.itemsize)
-        except (zlib.error, lzma.LZMAError, binascii.Error, ValueError, EOFError) as error:
-            raise self.fail(f"{size} numbers in array {name!r}", str(error)) from error
-        if len(data) != size * dtype.itemsize:
-            raise self.fail(f"{size} numbers in array {name!r}", f"{len(data) // dtype.itemsize}")
-        return np.frombuffer(data, dtype)
+                raise ValueError(f"{len(words)} of {size} numbers")
+            return np.fromiter(map(float, words), np.float64, size).reshape(shape)
+        order = ORDERS[self.root.get("byte_order") or "LittleEndian"]
+        dtype = np.dtype(order + TYPES[element.get("type", "")])
+        word = np.dtype(order + WORDS[self.root.get("header_type") or "UInt32"])
+        return np.frombuffer(self._unpacked(element, size * dtype.itemsize, word), dtype).reshape(shape)
 
-    def _bytes(self, element: ElementTree.Element, size: int) -> bytes:
-        word = np.dtype(self.order + TYPES[self.root.get("header_type", "UInt32")])
-        take = self._source(element)
+    def _unpacked(self, element: ElementTree.Element, size: int, word: np.dtype) -> bytes:
+        """The `size` bytes of an array. Words in front say how many there are, or how they were compressed:
+        the number of blocks, bytes in each and in the last one, and what each is packed in."""
+        stored = self._stored(element)
         compressor = self.root.get("compressor")
         if not compressor:
-            (length,) = np.frombuffer(take(word.itemsize), word)
-            if length != size:
-                raise ValueError(f"{length} bytes")
-            return take(size, at=word.itemsize, joined=True)
-        number, block, last = (int(n) for n in np.frombuffer(take(3 * word.itemsize), word))
-        if number == 0 or number > size or block > max(size, 2**31) or (number - 1) * block + (last or block) != size:
-            raise ValueError(f"{number} blocks of {block} bytes")
-        head = (3 + number) * word.itemsize
-        sizes = [int(n) for n in np.frombuffer(take(head), word)[3:]]
-        packed = take(sum(sizes), at=head)
-        parts, start = [], 0
-        for i, length in enumerate(sizes):
-            want = last or block if i == number - 1 else block
-            parts.append(COMPRESSORS[compressor](packed[start : start + length], want))
-            if len(parts[-1]) != want:
-                raise ValueError(f"{len(parts[-1])} bytes in block {i}")
-            start += length
+            length, at = int(np.frombuffer(stored, word, 1)[0]), word.itemsize
+            if length != size or len(stored) < at + size:
+                raise ValueError(f"{min(length, len(stored) - at)} of {size} bytes")
+            return stored[at : at + size]
+        number, block, last = map(int, np.frombuffer(stored, word, 3))
+        if number == 0 or (number - 1) * block + (last or block) != size:
+            raise ValueError(f"{number} blocks of {block} bytes for {size}")
+        packed = np.frombuffer(stored, word, number, 3 * word.itemsize)
+        parts, at = [], (3 + number) * word.itemsize
+        for i, length in enumerate(map(int, packed)):
+            wanted = last or block if i == number - 1 else block
+            parts.append(COMPRESSORS[compressor](stored[at : at + length], wanted))
+            if len(parts[-1]) != wanted:
+                raise ValueError(f"{len(parts[-1])} of {wanted} bytes in block {i}")
+            at += length
         return b"".join(parts)
 
-    def _source(self, element: ElementTree.Element) -> Callable[..., bytes]:
-        """take(length, at=0): bytes of an array as they were before they became text."""
+    def _stored(self, element: ElementTree.Element) -> bytes:
+        """An array as it was before it became text."""
         if element.get("format") == "appended":
-            text, is_raw = self.appended, self.is_raw
-            offset = element.get("offset", "")
-            if not offset.isdecimal() or int(offset) > len(text):
-                raise ValueError(f"offset {offset!r}")
-            start = int(offset)
+            offsets = {e: int(e.get("offset", "")) for e in self.root.iter() if e.get("format") == "appended"}
+            start = offsets[element]
+            if start < 0:
+                raise ValueError(f"the offset {start}")
+            end = min((offset for offset in offsets.values() if offset > start), default=len(self.appended))
+            code = self.appended[start:end]
+            if self.is_raw:
+                return code
+        elif element.get("format") == "binary":
+            code = (element.text or "").encode()
         else:
-            text, is_raw, start = "".join((element.text or "").split()).encode(), False, 0
-
-        def take(length: int, at: int = 0, joined: bool = False) -> bytes:
-            if is_raw:
-                data = text[start + at : start + at + length]
-            else:
-                # a head is encoded by itself, with padding; some writers encode it in one with the numbers
-                skipped = 4 * (-(-at // 3))
-                inside = 0
-                if joined and at % 3 and text[start + skipped - 1 : start + skipped] != b"=":
-                    skipped, inside = 4 * (at // 3), at % 3
-                code = text[start + skipped : start + skipped + 4 * (-(-(length + inside) // 3))]
-                data = base64.b64decode(code, validate=True)[inside : inside + length]
-            if len(data) != length:
-                raise ValueError(f"{len(data)} of {length} bytes")
-            return data
-
-        return take
+            raise ValueError(f"the format {element.get('format')!r}")
+        # the words in front are encoded by themselves, with padding; some writers encode all in one
+        parts = re.findall(rb"[^=]+=*|=+", b"".join(code.split()))
+        return b"".join(base64.b64decode(part, validate=True) for part in parts)
 
 
 def open_xml(path: Path) -> XmlFile:
@@ -158,31 +142,19 @@ def open_xml(path: Path) -> XmlFile:
     Raises:
         ValueError: no XML, or no VTKFile in it.
     """
-    data = path.read_bytes()
-    start = data.find(b"<AppendedData")
-    appended, is_raw = b"", False
-    if start >= 0:
-        first, close = data.find(b"_", start), data.find(b">", start)
-        end = data.rfind(b"</AppendedData")
-        if first < 0 or close < 0 or end < first:
-            raise ValueError(f"Expected appended data in {path}, got its beginning only; the file is cut off.")
-        is_raw = b'"raw"' in data[start:close] or b"'raw'" in data[start:close]
-        appended = data[first + 1 : end] if is_raw else data[first + 1 : end].strip()
-        data = data[:start] + b"</VTKFile>"
-    if b"<!ENTITY" in data or b"<!DOCTYPE" in data:
+    tree, found, rest = path.read_bytes().partition(b"<AppendedData")
+    tag, _, body = rest.partition(b"_")
+    appended, closed, _ = body.rpartition(b"</AppendedData")
+    if found and not closed:
+        raise ValueError("the beginning of its appended data")
+    if b"<!ENTITY" in tree or b"<!DOCTYPE" in tree:
         raise ValueError(f"Expected plain XML in {path}, got a document type definition; write it again.")
-    try:
-        root = ElementTree.fromstring(data)
-    except ElementTree.ParseError as error:
-        raise ValueError(f"Expected XML in {path}, got: {error}; the file is cut off or damaged.") from error
-    if root.tag != "VTKFile":
-        raise ValueError(f"Expected a VTKFile in {path}, got {root.tag!r}.")
-    compressor = root.get("compressor")
-    if compressor and compressor not in COMPRESSORS:
-        raise ValueError(f"Expected {' | '.join(COMPRESSORS)} in {path}, got {compressor}; save it with zlib.")
-    if root.get("header_type", "UInt32") not in ("UInt32", "UInt64"):
-        raise ValueError(f"Expected a header_type UInt32 or UInt64 in {path}, got {root.get('header_type')}.")
-    return XmlFile(path, root, appended, is_raw)
+    root = ElementTree.fromstring(tree + b"</VTKFile>" if found else tree)
+    known: dict[str, Iterable[str]] = {"byte_order": ORDERS, "header_type": WORDS, "compressor": COMPRESSORS}
+    for key, names in known.items():
+        if root.get(key) not in (None, "", *names):
+            raise ValueError(f"Expected {key} {' | '.join(names)} in {path}, got {root.get(key)!r}; write it again.")
+    return XmlFile(root, appended, bool(_RAW.search(tag)))
 
 
 def read(path: Path) -> Image:
@@ -196,52 +168,41 @@ def read(path: Path) -> Image:
     file = open_xml(path)
     image = file.root.find("ImageData")
     if image is None:
-        raise file.fail("ImageData", "none")
+        raise ValueError("no ImageData")
     pieces = image.findall("Piece")
-    extent = _numbers(file, image, "WholeExtent", "")
-    if len(pieces) != 1 or _numbers(file, pieces[0], "Extent", "") != extent or len(extent) != 6:
+    extent = _numbers(image, "WholeExtent", "")
+    if len(pieces) != 1 or _numbers(pieces[0], "Extent", "") != extent or len(extent) != 6:
         raise ValueError(f"Expected one piece with all of the data in {path}, got {len(pieces)}; save it as one.")
     points = [int(high - low) + 1 for low, high in zip(extent[::2], extent[1::2], strict=True)]
-    spacing = _numbers(file, image, "Spacing", "1 1 1")
-    origin = _numbers(file, image, "Origin", "0 0 0")
-    if len(origin) == len(spacing) == 3:
-        origin = [o + low * h for o, low, h in zip(origin, extent[::2], spacing, strict=True)]
-    time = None
-    for element in image.iterfind("FieldData/DataArray"):
-        if element.get("Name") == "TimeValue":
-            time = float(file.numbers(element, 1)[0])
-    most = path.stat().st_size * (MOST_SQUEEZED if file.root.get("compressor") else 8)
-    direction = _numbers(file, image, "Direction", "1 0 0 0 1 0 0 0 1")
-    # the tree is read again when its arrays are wanted: a series of files is opened in one go
-    return checked_image(path, points, origin, spacing, time, most, lambda: _arrays(path, points), direction)
-
-
-def _arrays(path: Path, points: list[int]) -> Arrays:
-    file = open_xml(path)
-    result: dict[tuple[Centring, str], Values] = {}
-    groups: tuple[tuple[Centring, str, int], ...] = (
-        ("points", "PointData", int(np.prod(points))),
-        ("cells", "CellData", int(np.prod([max(n - 1, 1) for n in points]))),
+    spacing = _numbers(image, "Spacing", "1 1 1")
+    origin = [o + low * h for o, low, h in zip(_numbers(image, "Origin", "0 0 0"), extent[::2], spacing, strict=True)]
+    time = image.find("FieldData/DataArray[@Name='TimeValue']")
+    return checked_image(
+        path,
+        points,
+        origin,
+        spacing,
+        None if time is None else float(file.numbers(time, (1, 1))[0, 0]),
+        path.stat().st_size * (MOST_SQUEEZED if file.root.get("compressor") else 8),
+        # the tree is read again when its arrays are wanted: a series of files is opened in one go
+        lambda: _arrays(open_xml(path), points),
+        _numbers(image, "Direction", "1 0 0 0 1 0 0 0 1"),
     )
-    for centring, group, size in groups:
+
+
+def _arrays(file: XmlFile, points: list[int]) -> Arrays:
+    groups: tuple[tuple[Centring, str], ...] = (("points", "PointData"), ("cells", "CellData"))
+    result: dict[tuple[Centring, str], Values] = {}
+    for centring, group in groups:
         for element in file.root.iterfind(f"ImageData/Piece/{group}/DataArray"):
-            components = element.get("NumberOfComponents", "1")
-            if not components.isdecimal() or not 1 <= int(components) <= 1000:
-                raise file.fail("a number of components", repr(components))
-            name = element.get("Name") or f"{group}_{len(result)}"
-            result[centring, name] = Values(int(components), _reader(file, element, size, int(components)))
+            components = int(element.get("NumberOfComponents", "1"))
+            read = partial(file.numbers, element, (math.prod(shape(points, centring)), components))
+            result[centring, element.get("Name") or f"{group}_{len(result)}"] = Values(components, read)
     return result
 
 
-def _reader(file: XmlFile, element: ElementTree.Element, size: int, components: int) -> Callable[[], np.ndarray]:
-    return lambda: file.numbers(element, size * components).reshape(size, components)
-
-
-def _numbers(file: XmlFile, element: ElementTree.Element, key: str, default: str) -> list[float]:
-    try:
-        return [float(word) for word in element.get(key, default).split()]
-    except ValueError as error:
-        raise file.fail(f"numbers in {key}", repr(element.get(key))) from error
+def _numbers(element: ElementTree.Element, key: str, default: str) -> list[float]:
+    return [float(word) for word in element.get(key, default).split()]
 
 
 def collection(path: Path) -> list[tuple[float, Path]]:
@@ -250,21 +211,16 @@ def collection(path: Path) -> list[tuple[float, Path]]:
     Raises:
         ValueError: entries without time or file, or with several parts of one time.
     """
-    file = open_xml(path)
     entries = []
-    for element in file.root.iterfind("Collection/DataSet"):
-        try:
-            time, name = float(element.get("timestep", "nan")), element.get("file", "")
-        except ValueError:
-            time, name = float("nan"), ""
-        if not np.isfinite(time) or not (path.parent / name).is_file():
+    for element in open_xml(path).root.iterfind("Collection/DataSet"):
+        time, file = float(element.get("timestep", "nan")), path.parent / element.get("file", "")
+        if not np.isfinite(time) or not file.is_file():
             raise ValueError(
                 f"Expected entries with a timestep and a file that exists in {path}, got {element.attrib}."
             )
-        entries.append((time, path.parent / name))
-    entries.sort(key=lambda entry: entry[0])
-    if not entries or len({time for time, _ in entries}) < len(entries):
+        entries.append((time, file))
+    if not entries or len(dict(entries)) < len(entries):
         raise ValueError(
             f"Expected one file for each time in {path}, got {len(entries)} entries; merge the parts first."
         )
-    return entries
+    return sorted(entries)
