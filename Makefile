@@ -40,7 +40,7 @@ demo: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy latentphys tests $(wildcard benchmarks/*.py examples/*.py)
+	$(BIN)/mypy latentphys tests $(wildcard benchmarks/*.py benchmarks/verification/*.py examples/*.py)
 
 docs: setup
 	$(BIN)/mkdocs build --strict

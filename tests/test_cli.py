@@ -233,7 +233,7 @@ def test_wrong_data(road: Road, refusal: Refusal, tmp_path: Path) -> None:
     assert "NaN or Inf in 'latent' at trajectory 0, time 0" in refusal("encode", road.autoencoder, broken, out)
     command = ["rollout", road.dynamics, broken, out, "--steps=1", "--trajectories", "0"]
     assert "Expected a finite flux" in refusal(*command)
-    assert "Expected finite fluxes of family 'porous'" in refusal("train", *arguments("autoencoder", [broken], out))
+    assert "Expected finite numbers of 'velocity'" in refusal("train", *arguments("autoencoder", [broken], out))
     assert main(["validate", str(broken), "--out", str(tmp_path / "report")]) == 1
     assert not out.exists() and not list(tmp_path.glob(".*"))
 

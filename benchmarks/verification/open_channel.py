@@ -35,13 +35,13 @@ def starting(z: Tensor, time: float) -> Tensor:
 def laminar(device: str, size: str) -> Result:
     """Poiseuille flow and its start from rest, on grids halved each time."""
     sizes = (6, 12, 24) if size == "small" else (8, 16, 32, 64)
+    force = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
     rows, lines = [], []
     for name, is_steady, time in (("from rest, t = 0.2 H²/ν", False, 0.2), ("u = (F/ν)(zH − z²/2)", True, 1.5)):
         errors = []
         for n in sizes:
             grid = Grid((1, 1, n), (1.0, 1.0, 1 / n), WALLS)
-            force = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
-            solver = NavierStokes(Geometry(grid), 1.0, lambda t, f=force: f, dtype=torch.float64, device=device)
+            solver = NavierStokes(Geometry(grid), 1.0, lambda t: force, dtype=torch.float64, device=device)
             z = (torch.arange(n, dtype=torch.float64) + 0.5) / n
             start = torch.zeros(1, 3, *grid.shape, dtype=torch.float64)
             start[:, 0] = z - z**2 / 2 if is_steady else 0.0

@@ -65,10 +65,10 @@ def growth_rates(device: str, size: str) -> Result:
                 f"{n} cells, FP64, Δt = 0.05 s, F = {feed}, k = {kill}, D = 4e-3, 1e-3 m²/s",
             )
         )
-    k = np.linspace(0, 2 * math.pi * 6 / 3.0, 60)
-    curve = np.array([np.linalg.eigvals(jacobian - np.diag(diffusivity) * q**2).real.max() for q in k])
+    numbers = np.linspace(0, 2 * math.pi * 6 / 3.0, 60)
+    curve = np.array([np.linalg.eigvals(jacobian - np.diag(diffusivity) * q**2).real.max() for q in numbers])
     lines = [
-        Line("eigenvalue of J − D k²", k, curve, is_reference=True),
+        Line("eigenvalue of J − D k²", numbers, curve, is_reference=True),
         Line(
             "solver", 2 * math.pi / 3.0 * np.array([r.quantity.split()[5] for r in rows], dtype=float), np.array(found)
         ),
@@ -172,9 +172,9 @@ def patterns(device: str, size: str) -> Result:
     for name, start_fields in {"u": cloud(n)[0], "v": cloud(n)[1]}.items():
         fields[name] = torch.from_numpy(start_fields)[None, :, :, None].to(device)
     fields = solver.advance(fields, 0.0, duration)
-    found = torch.cat([fields["u"], fields["v"]]).cpu() - torch.cat([largest["u"], largest["v"]])
+    off = torch.cat([fields["u"], fields["v"]]).cpu() - torch.cat([largest["u"], largest["v"]])
     scale = np.linalg.norm(expected - expected.mean((1, 2), keepdims=True))
-    rows.append(Row("the same in the largest steps [1]", float(found.norm() / scale), 0.0, 2e-2, source, f"{n}², FP64"))
+    rows.append(Row("the same in the largest steps [1]", float(off.norm() / scale), 0.0, 2e-2, source, f"{n}², FP64"))
     return Result(rows, [Plot(f"Gray–Scott, t = {duration:.0f} s, y = ½", "x [m]", "v [1]", lines)])
 
 
