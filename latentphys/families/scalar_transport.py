@@ -82,7 +82,8 @@ class ScalarTransport:
 
     def diffusion_rate(self) -> float:
         """The fastest rate at which the scalar diffuses away [1/s]."""
-        return float(self.diffusivity.amax()) * sum(4 / h**2 for h in self.grid.spacing)
+        wide = [h for h, n in zip(self.grid.spacing, self.grid.shape, strict=True) if n > 1]
+        return float(self.diffusivity.amax()) * sum(4 / h**2 for h in wide)
 
 
 @dataclass(frozen=True)
