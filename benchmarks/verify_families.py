@@ -107,7 +107,7 @@ def write_page(done: Sequence[tuple[Case, Result, float]], arguments: argparse.N
         for row in (row for _, result, _ in own for row in result.rows):
             numbers = [f"{row.value:.5g}", f"{row.reference:.5g}", _error(row), _percent(row, row.tolerance)]
             entries = [row.quantity, *numbers, row.settings, row.source]
-            lines.append("| " + " | ".join(entries).replace("\n", " ") + " |")
+            lines.append("| " + " | ".join(entry.replace("|", "\\|") for entry in entries) + " |")
         plots = [plot for _, result, _ in own for plot in result.plots]
         if plots:
             name = f"verification_{family}.png"
@@ -127,8 +127,10 @@ def _error(row: Row) -> str:
 
 def _percent(row: Row, error: float) -> str:
     if row.reference == 0 or (error and abs(error) < 1e-5):
-        return f"{error:.1e}"
-    return f"{100 * error:.2g} %"
+        text = f"{error:.1e}"
+    else:
+        text = f"{100 * error:.2g}\u00a0%"
+    return text.replace("-", "−")
 
 
 def draw(plots: Sequence[Plot], path: Path) -> None:
