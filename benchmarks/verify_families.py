@@ -126,10 +126,8 @@ def _error(row: Row) -> str:
 
 
 def _percent(row: Row, error: float) -> str:
-    if row.reference == 0 or (error and abs(error) < 1e-5):
-        text = f"{error:.1e}"
-    else:
-        text = f"{100 * error:.2g}\u00a0%"
+    is_absolute = row.reference == 0 or 0 < abs(error) < 1e-5
+    text = f"{error:.1e}" if is_absolute else f"{100 * error:.2g}\u00a0%"
     return text.replace("-", "−")
 
 

@@ -66,10 +66,13 @@ def _workers(config: dict[str, Any], device: str) -> int | str:
 
     import torch
 
+    from latentphys.families.simulate import check_workers
+
     if config["workers"] != "auto":
+        check_workers(config["workers"])
         return config["workers"]
     there = torch.cuda.device_count() if device == "cuda" else len(os.sched_getaffinity(0))
-    return max(1, min(there, -(-config["trajectories"] // config["batch_size"])))
+    return max(1, min(there, -(-config["trajectories"] // max(1, config["batch_size"]))))
 
 
 def _should_compile(config: dict[str, Any]) -> bool:
@@ -78,8 +81,10 @@ def _should_compile(config: dict[str, Any]) -> bool:
     import shutil
     import sysconfig
 
+    if isinstance(config["compile"], bool):
+        return config["compile"]
     if config["compile"] != "auto":
-        return bool(config["compile"])
+        raise ValueError(f"Expected auto, true or false for 'compile', got {config['compile']!r}.")
     cells = config["trajectories"] * config["frames"] * math.prod(config["grid"]["shape"])
     headers = Path(sysconfig.get_path("include")) / "Python.h"
     return cells > 4_000_000 and shutil.which("g++") is not None and headers.is_file()

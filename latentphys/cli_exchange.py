@@ -64,6 +64,9 @@ def export_data(arguments: argparse.Namespace) -> int:
     from latentphys.progress import progress_bar
 
     store = open_store(arguments.store)
+    out = Path(arguments.out).resolve()
+    if store.path.resolve() in (out, *out.parents):
+        raise ValueError(f"Expected a path outside the store {store.path}, got {arguments.out}; choose another.")
     if arguments.to == "well" and arguments.trajectory is not None:
         raise ValueError("Expected all trajectories for a data set of The Well, got --trajectory; leave it out.")
     number = len(store) if arguments.trajectory is None else 1

@@ -53,7 +53,7 @@ def _check_types(default: Any, value: Any, name: str) -> None:
     else:
         for kinds, wanted in ((bool, "true or false"), (int, "a whole number"), ((int, float), "a number")):
             if isinstance(default, kinds):
-                if not isinstance(value, kinds):
+                if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
                     raise ValueError(f"Expected {wanted} for {name!r}, got {value!r}.")
                 return
 

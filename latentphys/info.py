@@ -42,7 +42,7 @@ def _store(path: Path) -> dict[str, Any]:
         "fields": {name: _field(store, name) for name in store.specs},
         "parameters": {name: _parameter(store, name) for name in sorted(store.parameters)} or "none",
     }
-    if "floor" in store.attributes:
+    if store.attributes.get("floor"):
         about["solenoidal floor"] = store.attributes["floor"]
     known = {key: provenance[key] for key in ("version", "time", "command", "seed") if key in provenance}
     return about | {

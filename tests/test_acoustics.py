@@ -259,7 +259,7 @@ def test_impossible_sounds_and_families_are_refused(unchecked: None) -> None:
         ({"contrast": (0.1, 1.0)}, r"range of contrasts, two numbers with 0 < a ≤ b < 1, got \[0.1, 1.0\]"),
         ({"density": (0.0, 1.0)}, "range of densities"),
         ({"diameter": (0.1, 0.6)}, "range of diameters"),
-        ({"scatterers": -1}, "≥ 0 scatterers and a positive pressure, got -1 and 1.0"),
+        ({"scatterers": -1}, "Expected a finite number of scatterers ≥ 0, got -1"),
         ({"sides": "open"}, r"sides that are periodic \| closed, got 'open'"),
     ]:
         with pytest.raises(ValueError, match=message):

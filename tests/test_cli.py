@@ -308,6 +308,8 @@ def test_import_and_export_data(tmp_path: Path, refusal: Refusal, capsys: pytest
         assert open_store(again).grid.shape == (6, 4, 5)
     assert "Expected a new path" in refusal("export-data", store, tmp_path / "well", "--to", "well")
     assert "leave it out" in refusal("export-data", store, tmp_path / "w2", "--to", "well", "--trajectory", 0)
+    for inside in (store, store / "vtk"):
+        assert "a path outside the store" in refusal("export-data", store, inside, "--to", "vtkhdf", "--overwrite")
     assert "got nothing there" in refusal("import", tmp_path / "nowhere", tmp_path / "out.zarr")
     (tmp_path / "text").write_text("no data")
     assert "none of them recognises" in refusal("import", tmp_path / "text", tmp_path / "out.zarr")
@@ -319,3 +321,13 @@ def test_boundaries_that_are_none(wrong: str, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit):
         main(["import", "a", "b", "--boundaries", wrong])
     assert "Expected the sides of three axes out of periodic | no_slip" in capsys.readouterr().err
+
+
+def test_info_of_an_import_without_vectors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing to measure a floor of."""
+    store = tmp_path / "in.zarr"
+    assert main(["import", str(foreign.pdebench_scalar(tmp_path / "file")), str(store)]) == 0
+    capsys.readouterr()
+    assert main(["info", str(store)]) == 0
+    said = capsys.readouterr().out
+    assert "checksums" in said and "solenoidal floor" not in said

@@ -1,5 +1,11 @@
 """Families of flows: packs of spheres, draws, first states, and the data sets made of them."""
 
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +15,7 @@ import torch
 
 from latentphys import operators
 from latentphys.data import open_store
+from latentphys.data.lock import FileLock
 from latentphys.families import Family, Fields, NavierStokes, OpenChannel, Porous, simulate
 from latentphys.families.open_channel import reichardt
 from latentphys.grid import Geometry, Grid
@@ -17,7 +24,7 @@ from latentphys.grid import Geometry, Grid
 @pytest.mark.parametrize(
     ("family", "arguments", "message"),
     [
-        (OpenChannel, {"lengths": (1.0, 1.0, 2.0)}, "Expected a depth of 1 .* got 2.0"),
+        (OpenChannel, {"lengths": (1.0, 1.0, 2.0)}, r"Expected a depth of 1 .* got lengths \[1.0, 1.0, 2.0\]"),
         (
             OpenChannel,
             {"reynolds": (200.0, 100.0)},
@@ -120,7 +127,7 @@ def test_a_data_set_does_not_depend_on_who_made_it(tmp_path: Path) -> None:
     assert sum(done) == 9
     assert open_store(shared).attributes["checksums"] == alone.attributes["checksums"]
     assert open_store(shared).attributes["statistics"] == alone.attributes["statistics"]
-    with pytest.raises(ValueError, match="at least one worker, or the address of a dask cluster, got 0"):
+    with pytest.raises(ValueError, match="at least one worker, or the address of a dask cluster .*, got 0"):
         simulate(Porous(), tmp_path / "none", workers=0, **settings)
 
 
@@ -136,6 +143,36 @@ def test_what_fails_in_a_worker_is_said_and_leaves_nothing(tmp_path: Path) -> No
     with pytest.raises(FloatingPointError, match="Expected a finite flow, got none"):
         simulate(Unlucky(), tmp_path / "a", workers=2, **settings)
     assert not list(tmp_path.iterdir())
+
+
+def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
+    """Each of two processes is at work on a frame that takes hours; the store is free soon after ``kill -9``."""
+    options = ["grid.shape=[8,8,8]", "trajectories=2", "batch_size=1", "workers=2", "family.interval=1e5"]
+    command = [sys.executable, "-m", "latentphys", "simulate", "size=tiny", *options, "family.spin_up=0.0"]
+    run = subprocess.Popen([*command, f"out={tmp_path / 'a.zarr'}"], start_new_session=True)
+    lock = tmp_path / ".a.zarr.partial" / "parts.lock"
+
+    def is_held() -> bool:
+        try:
+            FileLock(lock).close()
+        except ValueError:
+            return True
+        return False
+
+    try:
+        waiting = time.monotonic() + 60
+        while not (lock.exists() and is_held()):
+            assert run.poll() is None and time.monotonic() < waiting
+            time.sleep(0.1)
+        run.kill()
+        run.wait()
+        waiting = time.monotonic() + 10
+        while is_held():
+            assert time.monotonic() < waiting, "a worker goes on without its parent"
+            time.sleep(0.1)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -178,6 +178,8 @@ def test_what_cannot_become_a_flux(tmp_path: Path) -> None:
         import_files(path, out, flux=["velocity"], options=ImportOptions(units={"velocity": "1"}))
     with pytest.raises(ValueError, match="a periodic box without solids for a spectral conversion"):
         import_files(path, out, flux=["velocity"], spectral=True)
+    with pytest.raises(ValueError, match="fields that shall become fluxes .* beside `spectral`"):
+        import_files(path, out, spectral=True)
     assert not out.exists()
 
 

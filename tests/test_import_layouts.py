@@ -1,5 +1,6 @@
 """Files in the published layouts become stores that hold the same numbers, boxes, times and parameters."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -286,3 +287,41 @@ def test_spacing_and_boxes() -> None:
     assert grid.shape == (8, 4, 1) and grid.spacing == (0.125,) * 3 and grid.periodic == (True, False, True)
     with pytest.raises(ValueError, match="2 lengths for file, got 3"):
         box((8, 4), None, (PERIODIC, NO_SLIP), ImportOptions(lengths=(1, 1, 1)), "file")
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"time_step": 5.0}, "'well' nothing but lengths, units, family and boundaries to be said, got time_step"),
+        ({"pore": 1.0, "axes": "x y z"}, "got axes, pore; leave"),
+        ({"units": {"presure": "Pa"}}, "units of the fields .*pressure.* got one of 'presure'"),
+        ({"family": "../other"}, "a family that files can be named after, got '../other'"),
+        ({"family": ""}, "a family that files can be named after, got ''"),
+    ],
+)
+def test_what_would_be_passed_over_is_refused(tmp_path: Path, said: dict[str, Any], message: str) -> None:
+    path = foreign.well(tmp_path / "file")
+    with pytest.raises(ValueError, match=message):
+        import_files(path, tmp_path / "out.zarr", options=ImportOptions(**said))
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_fields_that_have_names_get_no_others(tmp_path: Path) -> None:
+    path = foreign.pdebench_flow(tmp_path / "file")
+    with pytest.raises(ValueError, match="no names of fields for .*file, whose arrays have some"):
+        import_files(path, tmp_path / "out.zarr", options=ImportOptions(fields=("a", "b")))
+
+
+def test_no_name_of_a_file_leads_out_of_the_store_or_into_its_own(tmp_path: Path) -> None:
+    with foreign.written(tmp_path / "file") as file:
+        file["u"] = foreign.numbers(1, 2, 6, 5, 4, 5)
+    names = ("..", "zarr.json", "../x", "trajectory", "Δt")
+    store = imported(tmp_path / "file", tmp_path, options=ImportOptions(dataset="u", axes="b t x y z c", fields=names))
+    assert set(store.specs) == {"field", "zarr.json_field", "_x", "trajectory_field", "Δt"}
+
+
+def test_what_a_killed_import_left_is_not_in_the_way(tmp_path: Path) -> None:
+    left = tmp_path / f".store.zarr.import-{os.getpid()}"
+    (left / "store.zarr").mkdir(parents=True)
+    (out,) = import_files(foreign.well(tmp_path / "file"), tmp_path / "store.zarr")
+    assert len(open_store(out)) == 2 and (left / "store.zarr").is_dir()

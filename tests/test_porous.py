@@ -207,7 +207,7 @@ def test_impossible_media_are_refused(rock: Path, tmp_path: Path, unchecked: Non
         (lambda: Image(), r"Expected the path of an image, got none; add family.medium.path="),
         (lambda: Image("a.npy", window=15), "window of at least 4 voxels, an even number where it is mirrored, got 15"),
         (lambda: Porous(medium="spheres"), "Expected a medium: Spheres, RandomField or Image, got 'spheres'"),  # type: ignore[arg-type]
-        (lambda: Porous(velocity=0.0), "Expected a superficial velocity > 0 m/s, got 0.0"),
+        (lambda: Porous(velocity=0.0), r"Expected a finite superficial velocity \[m/s\] > 0, got 0.0"),
     ):
         with pytest.raises(ValueError, match=message):
             make()

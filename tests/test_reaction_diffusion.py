@@ -202,7 +202,7 @@ def test_impossible_solutions_and_families_are_refused(unchecked: None) -> None:
         ({"feed": (0.02, 0.1)}, r"range of feed rates, two numbers with 0 < a ≤ b < 0.0625, got \[0.02, 0.1\]"),
         ({"excess": (-0.1, 0.0)}, "range of excess kill rates"),
         ({"diffusivity": (0.0, 1.0)}, "range of diffusivities"),
-        ({"ratio": 0.0}, "positive ratio of diffusivities, got 0.0"),
+        ({"ratio": 0.0}, "Expected a finite ratio of diffusivities > 0, got 0.0"),
         ({"sides": "open"}, r"sides that are periodic \| closed, got 'open'"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -221,7 +221,7 @@ def test_impossible_layers_and_families_are_refused(monkeypatch: pytest.MonkeyPa
         ({"mean_depth": (2.0, 1.0)}, r"range of mean depths, two numbers with 0 < a ≤ b < inf, got \[2.0, 1.0\]"),
         ({"wind": (0.0, 1.0)}, "range of winds"),
         ({"eddies": (0.0, 1.0)}, "range of shares of eddies"),
-        ({"gravity": -1.0}, "positive gravity, got -1.0"),
+        ({"gravity": -1.0}, r"Expected a finite gravity \[m/s²\] > 0, got -1.0"),
     ]:
         with pytest.raises(ValueError, match=message):
             ShallowWaterSphere(**arguments)  # type: ignore[arg-type]

@@ -153,7 +153,7 @@ def test_turbulence_steepens_compression(unchecked: None) -> None:
     ("arguments", "message"),
     [
         ({"viscosity": (0.0, 0.1)}, "Expected a range of viscosities, two numbers with 0 < a ≤ b < inf, got"),
-        ({"power": 0.0}, r"Expected a positive power \[m²/s³\], got 0.0"),
+        ({"power": 0.0}, r"Expected a finite power \[m²/s³\] > 0, got 0.0"),
     ],
 )
 def test_impossible_families_are_refused(arguments: dict[str, object], message: str) -> None:

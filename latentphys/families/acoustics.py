@@ -30,7 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from latentphys import operators
-from latentphys.families.family import Family, Parameters, check_range, coloured, generator, uniform
+from latentphys.families.family import Family, Parameters, check_number, check_range, coloured, generator, uniform
 from latentphys.families.solver import Fields, Solver
 from latentphys.fields import FieldSpec
 from latentphys.grid import PERIODIC, Boundaries, Geometry, Grid
@@ -202,13 +202,12 @@ class AcousticScattering(Family):
     spin_up: float = 0.5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range("contrasts", self.contrast, 0, 1)
         check_range("densities", self.density, 0, np.inf)
         check_range("diameters", self.diameter, 0, 0.5)
-        if self.scatterers < 0 or self.pressure <= 0:
-            raise ValueError(
-                f"Expected ≥ 0 scatterers and a positive pressure, got {self.scatterers} and {self.pressure}."
-            )
+        check_number("number of scatterers", self.scatterers, 0, or_equal=True)
+        check_number("pressure [Pa]", self.pressure, 0)
         if self.sides not in ("periodic", "closed"):
             raise ValueError(f"Expected sides that are periodic | closed, got {self.sides!r}.")
 

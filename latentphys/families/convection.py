@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentphys.families.family import Family, Parameters, broadband, check_range, generator
+from latentphys.families.family import Family, Parameters, broadband, check_number, check_range, generator
 from latentphys.families.scalar_transport import ScalarFlow
 from latentphys.families.solver import Fields
 from latentphys.fields import VELOCITY, FieldSpec
@@ -93,10 +93,12 @@ class Convection(Family):
     spin_up: float = 25.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range("Ra", self.rayleigh, 0, np.inf)
         check_range("Pr", self.prandtl, 0, np.inf)
         if len(self.lengths) != 3 or self.lengths[2] != 1.0:
             raise ValueError(f"Expected a height of 1 (lengths are in units of it), got lengths {self.lengths}.")
+        check_number("disturbance [m/s]", self.disturbance, 0, or_equal=True)
         if len(self.plates) != 2 or any(plate not in ("no_slip", "free_slip") for plate in self.plates):
             raise ValueError(f"Expected two plates, each no_slip | free_slip, got {list(self.plates)}.")
 

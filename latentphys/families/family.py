@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -44,8 +45,21 @@ def check_range(name: str, bounds: Sequence[float], low: float, high: float) -> 
         )
 
 
+def check_number(name: str, value: float, above: float = -math.inf, *, or_equal: bool = False) -> None:
+    """Refuse what is not a finite number > `above`, or ≥ `above`.
+
+    Raises:
+        ValueError: NaN, infinity, or a number out of range.
+    """
+    if not (math.isfinite(value) and (value > above or (or_equal and value == above))):
+        bound = "" if above == -math.inf else f" {'≥' if or_equal else '>'} {above:g}"
+        raise ValueError(f"Expected a finite {name}{bound}, got {value}.")
+
+
 class Family(ABC):
     """A kind of physics that `simulate` can make.
+
+    A dataclass of its settings, of which it checks its own after those of all families, which `__post_init__` checks.
 
     Attributes:
         name: the family's name in stores and reports.
@@ -61,14 +75,20 @@ class Family(ABC):
     interval: float
     spin_up: float
 
+    def __post_init__(self) -> None:
+        check_number("interval between frames [s]", self.interval, 0)
+        check_number("spin-up [s]", self.spin_up, 0, or_equal=True)
+
     def check_shape(self, shape: Sequence[int]) -> None:
         """Refuse a shape that no domain of the family can have.
 
         Raises:
-            ValueError: another number of axes than three.
+            ValueError: another number of axes than three, an axis without cells, or a single cell in all.
         """
-        if len(shape) != 3:
+        if len(shape) != 3 or min(shape) < 1:
             raise ValueError(f"Expected a shape of three axes, such as [32, 32, 32], got {list(shape)}.")
+        if max(shape) == 1:
+            raise ValueError("Expected more than a single cell, got [1, 1, 1]; nothing can vary in it.")
 
     @abstractmethod
     def grid(self, shape: Sequence[int]) -> Domain:

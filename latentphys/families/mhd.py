@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from latentphys import exact, operators
-from latentphys.families.family import Family, Parameters, broadband, check_range, generator, uniform
+from latentphys.families.family import Family, Parameters, broadband, check_number, check_range, generator, uniform
 from latentphys.families.navier_stokes import STORED_TOLERANCE, Force, NavierStokes
 from latentphys.families.solver import Fields
 from latentphys.fields import VELOCITY, FieldSpec
@@ -150,9 +150,11 @@ class MHD(Family):
     spin_up: float = 0.2
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range("Re", self.reynolds, 0, np.inf)
         check_range("Pm", self.prandtl, 0, np.inf)
         check_range("magnetic fluctuations", self.magnetic, 0, np.inf)
+        check_number("slope", self.slope)
         low, high = tuple(self.mean_field) if len(self.mean_field) == 2 else (1.0, 0.0)
         if not 0 <= low <= high < np.inf:
             raise ValueError(

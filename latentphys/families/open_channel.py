@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from latentphys import operators
-from latentphys.families.family import DrivenFlow, Parameters, broadband, check_range, generator, uniform
+from latentphys.families.family import DrivenFlow, Parameters, broadband, check_number, check_range, generator, uniform
 from latentphys.families.solver import Fields
 from latentphys.grid import Boundaries, Geometry, Grid
 from latentphys.sphere import Sphere
@@ -53,9 +53,11 @@ class OpenChannel(DrivenFlow):
     spin_up: float = 3.0
 
     def __post_init__(self) -> None:
-        if self.lengths[2] != 1.0:
-            raise ValueError(f"Expected a depth of 1 (lengths are in units of it), got {self.lengths[2]}.")
+        super().__post_init__()
+        if len(self.lengths) != 3 or self.lengths[2] != 1.0:
+            raise ValueError(f"Expected a depth of 1 (lengths are in units of it), got lengths {list(self.lengths)}.")
         check_range("Re_τ", self.reynolds, 0, np.inf)
+        check_number("disturbance [m/s]", self.disturbance, 0, or_equal=True)
 
     def grid(self, shape: Sequence[int]) -> Grid:
         sx, sy, sz = (length / n for length, n in zip(self.lengths, shape, strict=True))

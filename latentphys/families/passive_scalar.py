@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from latentphys.families.family import Parameters, check_range, coloured, generator, uniform
+from latentphys.families.family import Parameters, check_number, check_range, coloured, generator, uniform
 from latentphys.families.scalar_transport import ScalarFlow
 from latentphys.families.solver import Fields
 from latentphys.families.turbulence import Stirring, Turbulence
@@ -103,6 +103,8 @@ class PassiveScalar(Turbulence):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("Sc", self.schmidt, 0, np.inf)
+        check_number("mean gradient [kg/m⁴]", self.gradient)
+        check_number("root-mean-square [kg/m³] of the scalar", self.scalar_rms, 0, or_equal=True)
 
     def draw(self, seed: int, trajectory: int) -> dict[str, Any]:
         parameters = super().draw(seed, trajectory)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from latentphys.families.family import DrivenFlow, Parameters, broadband, check_range, generator, uniform
+from latentphys.families.family import DrivenFlow, Parameters, broadband, check_number, check_range, generator, uniform
 from latentphys.families.media import REDRAWS, Medium, Spheres, carries_flow
 from latentphys.families.solver import Fields
 from latentphys.grid import Geometry, Grid
@@ -58,11 +58,14 @@ class Porous(DrivenFlow):
     spin_up: float = 0.04
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range("Re", self.reynolds, 0, np.inf)
         if not isinstance(self.medium, Medium):
             raise ValueError(f"Expected a medium: Spheres, RandomField or Image, got {self.medium!r}.")
-        if not 0 < self.velocity < np.inf:
-            raise ValueError(f"Expected a superficial velocity > 0 m/s, got {self.velocity}.")
+        check_number("superficial velocity [m/s]", self.velocity, 0)
+        check_number("pulsation", self.pulsation, 0, or_equal=True)
+        check_number("period [s]", self.period, 0)
+        check_number("disturbance", self.disturbance, 0, or_equal=True)
 
     def grid(self, shape: Sequence[int]) -> Grid:
         nx, ny, nz = shape

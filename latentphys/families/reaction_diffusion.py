@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from latentphys.families.family import Family, Parameters, check_range, coloured, generator, uniform
+from latentphys.families.family import Family, Parameters, check_number, check_range, coloured, generator, uniform
 from latentphys.families.solver import Fields, Solver
 from latentphys.fields import FieldSpec
 from latentphys.grid import PERIODIC, Boundaries, Geometry, Grid
@@ -202,11 +202,11 @@ class GrayScottPatterns(Family):
     spin_up: float = 60.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range("feed rates", self.feed, 0, 0.0625)
         check_range("excess kill rates", self.excess, -0.01, 0.02)
         check_range("diffusivities", self.diffusivity, 0, np.inf)
-        if self.ratio <= 0:
-            raise ValueError(f"Expected a positive ratio of diffusivities, got {self.ratio}.")
+        check_number("ratio of diffusivities", self.ratio, 0)
         if self.sides not in ("periodic", "closed"):
             raise ValueError(f"Expected sides that are periodic | closed, got {self.sides!r}.")
 

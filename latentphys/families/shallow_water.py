@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from latentphys import sphere as harmonics
-from latentphys.families.family import Family, Parameters, check_range, generator, uniform
+from latentphys.families.family import Family, Parameters, check_number, check_range, generator, uniform
 from latentphys.families.solver import Fields, RungeKutta
 from latentphys.fields import FieldSpec
 from latentphys.grid import Geometry
@@ -245,13 +245,15 @@ class ShallowWaterSphere(Family):
     spin_up: float = 172800.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range("rotation rates", self.rotation, 0, np.inf)
         check_range("mean depths", self.mean_depth, 0, np.inf)
         check_range("winds", self.wind, 0, np.inf)
         check_range("shares of eddies", self.eddies, 0, 1)
-        for name in ("gravity", "radius", "damping_time"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"Expected a positive {name}, got {getattr(self, name)}.")
+        check_number("gravity [m/s²]", self.gravity, 0)
+        check_number("radius [m]", self.radius, 0)
+        if not self.damping_time > 0:
+            raise ValueError(f"Expected a positive damping time [s], got {self.damping_time}.")
 
     def check_shape(self, shape: Sequence[int]) -> None:
         """Refuse what is neither (nlat, nlon) nor three equal numbers."""

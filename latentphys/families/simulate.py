@@ -5,10 +5,14 @@ from __future__ import annotations
 import inspect
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from functools import partial
+from importlib.util import find_spec
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +70,9 @@ def simulate(
             f"Expected ≥ 1 trajectory of ≥ 2 frames in batches of ≥ 1, got {num_trajectories} of {num_frames} "
             f"in batches of {batch_size}."
         )
-    if isinstance(workers, int) and workers < 1:
-        raise ValueError(f"Expected at least one worker, or the address of a dask cluster, got {workers}.")
+    if seed < 0:
+        raise ValueError(f"Expected a seed ≥ 0, got {seed}.")
+    check_workers(workers)
     family.check_shape(shape)
     domain = family.grid(shape)
     times = np.arange(num_frames) * family.interval
@@ -109,6 +114,21 @@ def simulate(
     return Path(out)
 
 
+def check_workers(workers: Any) -> None:
+    """Refuse what is neither a number of processes nor the address of a dask cluster that can be used here.
+
+    Raises:
+        ValueError: anything else, or no dask.distributed.
+    """
+    is_address = isinstance(workers, str) and "://" in workers
+    if not is_address and (type(workers) is not int or workers < 1):
+        raise ValueError(
+            f"Expected at least one worker, or the address of a dask cluster such as tcp://host:8786, got {workers!r}."
+        )
+    if is_address and find_spec("distributed") is None:
+        raise ValueError(f"Expected dask.distributed for {workers!r}, got none; pip install distributed.")
+
+
 def _device(device: str, index: int) -> str:
     """The GPU of a job, where there are several."""
     return f"cuda:{index % torch.cuda.device_count()}" if device == "cuda" else device
@@ -122,11 +142,26 @@ def _run(job: Job, part: Part, report: Progress) -> None:
         part.close()
 
 
+def _end_with_parent() -> None:
+    """Make this process end when its parent does, even by ``kill -9``, and leave Ctrl-C to the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _in_processes(jobs: Sequence[Job], part: Part, workers: int, progress: Progress) -> None:
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
+    manager = SyncManager(ctx=context)
+    manager.start(_end_with_parent)
+    with manager:
         done = manager.Queue()
-        pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context)
+        pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _end_with_parent)
         try:
             _wait([pool.submit(_run, job, part, done.put) for job in jobs], partial(_drain, done, progress))
         except BaseException:
@@ -154,10 +189,8 @@ def _drain(done: Any, progress: Progress) -> None:
 
 
 def _on_cluster(jobs: Sequence[Job], part: Part, address: str, progress: Progress) -> None:
-    try:
-        from dask.distributed import Client, as_completed
-    except ImportError as error:
-        raise ValueError(f"Expected dask.distributed for {address!r}, got none; pip install distributed.") from error
+    from dask.distributed import Client, as_completed
+
     with Client(address) as client:
         futures = {client.submit(_run, job, part, _ignore, pure=False): job for job in jobs}
         for future in as_completed(futures):

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from latentphys.families.family import Family, Parameters, broadband, check_range, generator, uniform
+from latentphys.families.family import Family, Parameters, broadband, check_number, check_range, generator, uniform
 from latentphys.families.navier_stokes import NavierStokes
 from latentphys.families.solver import Fields
 from latentphys.fields import VELOCITY, FieldSpec
@@ -125,9 +125,11 @@ class Turbulence(Family):
     spin_up: float = 5.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range("viscosities", self.viscosity, 0, np.inf)
-        if not self.power > 0:
-            raise ValueError(f"Expected a positive power [m²/s³], got {self.power}.")
+        check_number("power [m²/s³]", self.power, 0)
+        check_number("number of forced modes", self.modes, 1, or_equal=True)
+        check_number("disturbance [m/s]", self.disturbance, 0)
 
     def grid(self, shape: Sequence[int]) -> Grid:
         nx, ny, nz = shape

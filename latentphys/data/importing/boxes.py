@@ -120,9 +120,10 @@ def even_times(number: int, options: ImportOptions) -> np.ndarray:
 
 
 def field_name(name: str) -> str:
-    """A name that a store's array can have."""
-    plain = "_".join("".join(c if c.isalnum() or c in "-." else " " for c in name).split()) or "field"
-    return f"{plain}_field" if plain in RESERVED else plain
+    """A name that a store's array can have: none of Zarr's own, and no dimension's."""
+    plain = "_".join("".join(c if c.isalnum() or c in "-." else " " for c in name).split()).lstrip(".") or "field"
+    taken = RESERVED | {"trajectory", "axis", "channel", "zarr.json"}
+    return f"{plain}_field" if plain in taken else plain
 
 
 def spec(name: str, is_vector: bool, options: ImportOptions, unit: str | None = None) -> FieldSpec:

@@ -65,6 +65,8 @@ def sources(path: Path, options: ImportOptions) -> list[Source]:
         layout = _layout(file)
         if layout is None:
             raise ValueError(f"Expected a file of PDEBench at {name}, got one with {file.names()[:8]}.")
+        if options.fields is not None and layout != "trajectory_groups":
+            raise ValueError(f"Expected no names of fields for {name}, whose arrays have some, got {options.fields}.")
         family = family or layout
         parts += _READ[layout](file, options)
     if not parts:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,18 @@ from latentphys.data.writer import StoreWriter
 from latentphys.exact import conserve
 from latentphys.fields import FieldSpec
 from latentphys.grid import Geometry
+
+SAID_OF: dict[str, frozenset[str]] = {
+    "well": frozenset({"lengths", "units"}),
+    "pdebench": frozenset({"lengths", "units", "fields"}),
+    "dpot": frozenset({"lengths", "units", "fields", "axes", "time_step"}),
+    "hdf5": frozenset({"lengths", "units", "fields", "axes", "time_step", "dataset"}),
+    "netcdf": frozenset({"lengths", "units", "axes", "time_step", "dataset"}),
+    "vtk": frozenset({"lengths", "units", "time_step", "dataset"}),
+    "openfoam": frozenset({"units", "dataset"}),
+    "voxels": frozenset({"lengths", "axes", "shape", "dtype", "pore"}),
+}
+"""What a user can say of the files of each format, beside the family and the boundaries."""
 
 
 def import_files(
@@ -57,16 +71,22 @@ def import_files(
         The stores, in the order of the files.
 
     Raises:
-        ValueError: files of no known format, damaged, contradictory or with numbers that are not finite; fields in
-            `flux` that are no velocity or magnetic field; or stores that exist.
+        ValueError: files of no known format, damaged, contradictory or with numbers that are not finite; options that
+            files of their format do not take, units of no field, or `spectral` without `flux`; fields in `flux` that
+            are no velocity or magnetic field; or stores that exist.
     """
     path, out, options = Path(path), Path(out), options or ImportOptions()
     if not path.exists():
         raise ValueError(f"Expected files to import at {path}, got nothing there; check the path.")
+    if spectral and not flux:
+        raise ValueError("Expected the names of fields that shall become fluxes (flux) beside `spectral`, got none.")
     is_raw = options.shape is not None and options.dtype is not None
-    sources = reader(format or ("voxels" if is_raw else detect(path))).sources(path, options)
+    format = format or ("voxels" if is_raw else detect(path))
+    _check_options(format, options)
+    sources = reader(format).sources(path, options)
     if not sources:
         raise ValueError(f"Expected data to import at {path}, got none.")
+    _check_units(sources, options)
     plans = [_Plan(source, path, flux, spectral, dtype) for source in sources]
     missing = sorted(set(flux) - {name for plan in plans for name in plan.converted})
     if missing:
@@ -86,7 +106,8 @@ def import_files(
         done += number
         progress(done, total)
 
-    scratch = out.with_name(f".{out.name}.import-{os.getpid()}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.import-", dir=out.parent))
     try:
         for plan, target in zip(plans, targets, strict=True):
             plan.write(scratch / target.name, advance)
@@ -94,6 +115,31 @@ def import_files(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return targets
+
+
+def _check_options(format: str, options: ImportOptions) -> None:
+    """Refuse what would be passed over in silence, and a family that no file can be named after."""
+    given = [one.name for one in fields(options) if getattr(options, one.name) not in (None, {})]
+    unused = set(given) - SAID_OF.get(format, frozenset(given)) - {"family", "boundaries"}
+    if unused:
+        raise ValueError(
+            f"Expected of files of the format {format!r} nothing but {', '.join(sorted(SAID_OF[format]))}, family and "
+            f"boundaries to be said, got {', '.join(sorted(unused))}; leave it out."
+        )
+    family = options.family
+    if family is not None and (not family or Path(family).name != family or family.startswith(".")):
+        raise ValueError(f"Expected a family that files can be named after, got {family!r}.")
+
+
+def _check_units(sources: Sequence[Source], options: ImportOptions) -> None:
+    known: set[str] = set()
+    for source in sources:
+        known |= set(source.specs)
+        for old in source.about.get("names", {}).values():
+            known |= {old} if isinstance(old, str) else set(filter(None, old))
+    unknown = sorted(set(options.units) - known)
+    if unknown:
+        raise ValueError(f"Expected units of the fields {', '.join(sorted(known))}, got one of {unknown[0]!r}.")
 
 
 def _rename(made: Sequence[Path], targets: Sequence[Path], scratch: Path) -> None:
