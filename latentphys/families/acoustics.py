@@ -30,10 +30,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from latentphys import operators
-from latentphys.families.family import Family, Parameters, check_number, check_range, coloured, generator, uniform
+from latentphys.families.family import (
+    Family,
+    Parameters,
+    all_round,
+    box,
+    check_number,
+    check_range,
+    coloured,
+    generator,
+    uniform,
+)
 from latentphys.families.solver import Fields, Solver
 from latentphys.fields import FieldSpec
-from latentphys.grid import PERIODIC, Boundaries, Geometry, Grid
+from latentphys.grid import Geometry, Grid
 from latentphys.projection import decompose
 from latentphys.sphere import Sphere
 
@@ -208,13 +218,10 @@ class AcousticScattering(Family):
         check_range("diameters", self.diameter, 0, 0.5)
         check_number("number of scatterers", self.scatterers, 0, or_equal=True)
         check_number("pressure [Pa]", self.pressure, 0)
-        if self.sides not in ("periodic", "closed"):
-            raise ValueError(f"Expected sides that are periodic | closed, got {self.sides!r}.")
+        all_round(self.sides)
 
     def grid(self, shape: Sequence[int]) -> Grid:
-        nx, ny, nz = shape
-        walls: Boundaries = (("free_slip", "free_slip"),) * 3
-        return Grid((nx, ny, nz), (1 / nx, 1 / ny, 1 / nz), PERIODIC if self.sides == "periodic" else walls)
+        return box(shape, boundaries=all_round(self.sides))
 
     def draw(self, seed: int, trajectory: int) -> dict[str, Any]:
         rng = generator(seed, trajectory, 0)

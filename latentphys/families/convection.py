@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentphys.families.family import Family, Parameters, broadband, check_number, check_range, generator
+from latentphys.families.family import Family, Parameters, box, broadband, check_number, check_range, generator
 from latentphys.families.scalar_transport import ScalarFlow
 from latentphys.families.solver import Fields
 from latentphys.fields import VELOCITY, FieldSpec
@@ -103,10 +103,9 @@ class Convection(Family):
             raise ValueError(f"Expected two plates, each no_slip | free_slip, got {list(self.plates)}.")
 
     def grid(self, shape: Sequence[int]) -> Grid:
-        (nx, ny, nz), (lx, ly, lz) = shape, self.lengths
         bottom, top = self.plates
         walls: Boundaries = (("periodic", "periodic"), ("periodic", "periodic"), (bottom, top))
-        return Grid((nx, ny, nz), (lx / nx, ly / ny, lz / nz), walls)
+        return box(shape, self.lengths, walls)
 
     def draw(self, seed: int, trajectory: int) -> dict[str, Any]:
         rng = generator(seed, trajectory, 0)

@@ -15,7 +15,7 @@ from latentphys import operators
 from latentphys.families.navier_stokes import NavierStokes
 from latentphys.families.solver import Fields, Solver
 from latentphys.fields import VELOCITY, Domain, FieldSpec
-from latentphys.grid import Geometry, Grid
+from latentphys.grid import PERIODIC, Boundaries, Geometry, Grid
 from latentphys.projection import project
 from latentphys.sphere import Sphere
 
@@ -54,6 +54,23 @@ def check_number(name: str, value: float, above: float = -math.inf, *, or_equal:
     if not (math.isfinite(value) and (value > above or (or_equal and value == above))):
         bound = "" if above == -math.inf else f" {'≥' if or_equal else '>'} {above:g}"
         raise ValueError(f"Expected a finite {name}{bound}, got {value}.")
+
+
+def box(shape: Sequence[int], lengths: Sequence[float] = (1.0, 1.0, 1.0), boundaries: Boundaries = PERIODIC) -> Grid:
+    """The box with these edge lengths [m], by default a periodic cube of side 1 m."""
+    (nx, ny, nz), (lx, ly, lz) = shape, lengths
+    return Grid((nx, ny, nz), (lx / nx, ly / ny, lz / nz), boundaries)
+
+
+def all_round(sides: str) -> Boundaries:
+    """Boundaries that are the same on all sides: ``periodic``, or ``closed`` by walls that nothing sticks to.
+
+    Raises:
+        ValueError: neither.
+    """
+    if sides not in ("periodic", "closed"):
+        raise ValueError(f"Expected sides that are periodic | closed, got {sides!r}.")
+    return PERIODIC if sides == "periodic" else (("free_slip", "free_slip"),) * 3
 
 
 class Family(ABC):

@@ -49,7 +49,6 @@ class Job:
 
     Args:
         family: with all its settings.
-        shape: cells or points per axis.
         seed: of the data set.
         members: the numbers of the trajectories.
         num_frames: snapshots of each.
@@ -59,7 +58,6 @@ class Job:
     """
 
     family: Family
-    shape: tuple[int, ...]
     seed: int
     members: tuple[int, ...]
     num_frames: int
@@ -82,8 +80,7 @@ class Job:
         if min(kept) == self.num_frames:
             return
         drawn = [self.family.draw(self.seed, i) for i in self.members]
-        domain = self.family.grid(self.shape)
-        geometry = geometries(self.family, domain, drawn, self.seed, self.members)
+        geometry = _stored_geometry(part, self.members)
         solver = self.family.solver(geometry, stack(drawn), device=self.device, compiled=self.compiled)
         resting = self._resting_place(part)
         for frame, fields in self._frames(solver, geometry, drawn, resting, min(kept)):
@@ -126,6 +123,15 @@ class Job:
         for later in range(frame + 1, self.num_frames):
             fields = solver.advance(fields, (later - 1) * self.family.interval, self.family.interval)
             yield later, fields
+
+
+def _stored_geometry(part: Part, members: Sequence[int]) -> Geometry | Sphere:
+    """The domain of some trajectories with the solids that the store already has."""
+    domain = part.plan.domain
+    if isinstance(domain, Sphere):
+        return domain
+    own = [part.plan.geometry(i) for i in members]
+    return Geometry(domain, torch.stack([~g.fluid for g in own if g is not None]) if own[0] is not None else None)
 
 
 def _save(path: Path, frame: int, fields: Fields, memory: Fields) -> None:

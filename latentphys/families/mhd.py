@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from latentphys import exact, operators
-from latentphys.families.family import Family, Parameters, broadband, check_number, check_range, generator, uniform
+from latentphys.families.family import Family, Parameters, box, broadband, check_number, check_range, generator, uniform
 from latentphys.families.navier_stokes import STORED_TOLERANCE, Force, NavierStokes
 from latentphys.families.solver import Fields
 from latentphys.fields import VELOCITY, FieldSpec
@@ -162,8 +162,7 @@ class MHD(Family):
             )
 
     def grid(self, shape: Sequence[int]) -> Grid:
-        nx, ny, nz = shape
-        return Grid((nx, ny, nz), (1 / nx, 1 / ny, 1 / nz))
+        return box(shape)
 
     def draw(self, seed: int, trajectory: int) -> dict[str, Any]:
         rng = generator(seed, trajectory, 0)

@@ -19,7 +19,16 @@ import torch
 from torch import Tensor
 
 from latentphys import operators
-from latentphys.families.family import DrivenFlow, Parameters, broadband, check_number, check_range, generator, uniform
+from latentphys.families.family import (
+    DrivenFlow,
+    Parameters,
+    box,
+    broadband,
+    check_number,
+    check_range,
+    generator,
+    uniform,
+)
 from latentphys.families.solver import Fields
 from latentphys.grid import Boundaries, Geometry, Grid
 from latentphys.sphere import Sphere
@@ -60,10 +69,8 @@ class OpenChannel(DrivenFlow):
         check_number("disturbance [m/s]", self.disturbance, 0, or_equal=True)
 
     def grid(self, shape: Sequence[int]) -> Grid:
-        sx, sy, sz = (length / n for length, n in zip(self.lengths, shape, strict=True))
-        nx, ny, nz = shape
         walls: Boundaries = (("periodic", "periodic"), ("periodic", "periodic"), ("no_slip", "free_slip"))
-        return Grid((nx, ny, nz), (sx, sy, sz), walls)
+        return box(shape, self.lengths, walls)
 
     def draw(self, seed: int, trajectory: int) -> dict[str, Any]:
         return {"viscosity": 1.0 / uniform(self.reynolds, generator(seed, trajectory, 0))}

@@ -15,7 +15,16 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from latentphys.families.family import DrivenFlow, Parameters, broadband, check_number, check_range, generator, uniform
+from latentphys.families.family import (
+    DrivenFlow,
+    Parameters,
+    box,
+    broadband,
+    check_number,
+    check_range,
+    generator,
+    uniform,
+)
 from latentphys.families.media import REDRAWS, Medium, Spheres, carries_flow
 from latentphys.families.solver import Fields
 from latentphys.grid import Geometry, Grid
@@ -68,8 +77,7 @@ class Porous(DrivenFlow):
         check_number("disturbance", self.disturbance, 0, or_equal=True)
 
     def grid(self, shape: Sequence[int]) -> Grid:
-        nx, ny, nz = shape
-        return Grid((nx, ny, nz), (1 / nx, 1 / ny, 1 / nz))
+        return box(shape)
 
     def draw(self, seed: int, trajectory: int) -> dict[str, Any]:
         rng = generator(seed, trajectory, 0)

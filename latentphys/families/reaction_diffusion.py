@@ -22,10 +22,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from latentphys.families.family import Family, Parameters, check_number, check_range, coloured, generator, uniform
+from latentphys.families.family import (
+    Family,
+    Parameters,
+    all_round,
+    box,
+    check_number,
+    check_range,
+    coloured,
+    generator,
+    uniform,
+)
 from latentphys.families.solver import Fields, Solver
 from latentphys.fields import FieldSpec
-from latentphys.grid import PERIODIC, Boundaries, Geometry, Grid
+from latentphys.grid import Geometry, Grid
 from latentphys.separable import Separable
 from latentphys.sphere import Sphere
 
@@ -207,13 +217,10 @@ class GrayScottPatterns(Family):
         check_range("excess kill rates", self.excess, -0.01, 0.02)
         check_range("diffusivities", self.diffusivity, 0, np.inf)
         check_number("ratio of diffusivities", self.ratio, 0)
-        if self.sides not in ("periodic", "closed"):
-            raise ValueError(f"Expected sides that are periodic | closed, got {self.sides!r}.")
+        all_round(self.sides)
 
     def grid(self, shape: Sequence[int]) -> Grid:
-        nx, ny, nz = shape
-        walls: Boundaries = (("free_slip", "free_slip"),) * 3
-        return Grid((nx, ny, nz), (1 / nx, 1 / ny, 1 / nz), PERIODIC if self.sides == "periodic" else walls)
+        return box(shape, boundaries=all_round(self.sides))
 
     def draw(self, seed: int, trajectory: int) -> dict[str, Any]:
         rng = generator(seed, trajectory, 0)

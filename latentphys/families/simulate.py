@@ -98,10 +98,7 @@ def simulate(
     members = [tuple(range(start, min(start + batch_size, num_trajectories))) for start in starts]
     alone = isinstance(workers, int) and min(workers, len(members)) == 1
     threads = None if alone else 1 if isinstance(workers, str) else max(1, (os.cpu_count() or 1) // workers)
-    jobs = [
-        Job(family, tuple(shape), seed, own, num_frames, _device(device, k), compiled, threads)
-        for k, own in enumerate(members)
-    ]
+    jobs = [Job(family, seed, own, num_frames, _device(device, k), compiled, threads) for k, own in enumerate(members)]
     with writer:
         if alone:
             part = writer.part()

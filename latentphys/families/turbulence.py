@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from latentphys.families.family import Family, Parameters, broadband, check_number, check_range, generator, uniform
+from latentphys.families.family import Family, Parameters, box, broadband, check_number, check_range, generator, uniform
 from latentphys.families.navier_stokes import NavierStokes
 from latentphys.families.solver import Fields
 from latentphys.fields import VELOCITY, FieldSpec
@@ -132,10 +132,9 @@ class Turbulence(Family):
         check_number("disturbance [m/s]", self.disturbance, 0)
 
     def grid(self, shape: Sequence[int]) -> Grid:
-        nx, ny, nz = shape
         if self.modes >= min(shape) / 2:
             raise ValueError(f"Expected more than {2 * self.modes} cells along each axis, got {tuple(shape)}.")
-        return Grid((nx, ny, nz), (2 * np.pi / nx, 2 * np.pi / ny, 2 * np.pi / nz))
+        return box(shape, (2 * np.pi,) * 3)
 
     def draw(self, seed: int, trajectory: int) -> dict[str, Any]:
         return {"viscosity": uniform(self.viscosity, generator(seed, trajectory, 0)), "power": self.power}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from latentphys import operators
 from latentphys.fields import FieldSpec, State
 from latentphys.sphere import Sphere
-from latentphys.views import scene
+from latentphys.views import scene, slices
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -85,15 +85,12 @@ def cuts(states: Sequence[State], spec: FieldSpec) -> Figure:
 
 
 def _planes(states: Sequence[State], shown: Quantity) -> Figure:
-    import matplotlib
     from matplotlib.figure import Figure
 
     grid = states[0].grid
     thin = [axis for axis, n in enumerate(grid.shape) if n == 1]
     normal = thin[-1] if thin else 1
-    first, second = (axis for axis in range(3) if axis != normal)
-    scale, unit = scene.readable(max(grid.lengths), "m")
-    width, height = grid.lengths[first] / scale, grid.lengths[second] / scale
+    width, height = (length for axis, length in enumerate(grid.lengths) if axis != normal)
     columns = min(2, len(states))
     rows = -(-len(states) // columns)
     aspect = min(2.5, max(0.25, height / width))
@@ -103,22 +100,10 @@ def _planes(states: Sequence[State], shown: Quantity) -> Figure:
     for axes in panels.flat[len(states) :]:
         axes.remove()
     for axes, state, values in zip(panels.flat, states, shown.values, strict=False):
-        axes.imshow(
-            values.take(grid.shape[normal] // 2, normal).T,
-            origin="lower",
-            extent=(0, width, 0, height),
-            cmap=matplotlib.colormaps[shown.colors].with_extremes(bad=scene.SOLID_COLOR),
-            vmin=shown.limits[0],
-            vmax=shown.limits[1],
-            interpolation="nearest",
-            aspect="equal" if aspect == height / width else "auto",
-        )
-        for axis, length in ((axes.xaxis, width), (axes.yaxis, height)):
-            axis.set_ticks([0, length / 2, length], labels=["0", f"{length / 2:.3g}", f"{length:.3g}"])
+        plane = values.take(grid.shape[normal] // 2, normal)
+        proportions: Literal["equal", "auto"] = "equal" if aspect == height / width else "auto"
+        slices.draw(axes, plane, grid, normal, shown.colors, shown.limits, proportions)
         axes.set_title(f"t = {state.time:.3g} s", fontsize=9)
-        axes.set_xlabel(f"{'xyz'[first]} [{unit}]")
-        axes.set_ylabel(f"{'xyz'[second]} [{unit}]")
-        axes.label_outer()
     _bar(figure, list(panels.flat[: len(states)]), shown)
     return figure
 

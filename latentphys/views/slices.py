@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -66,13 +66,26 @@ def plane(state: State, axis: int = 1) -> Plane:
     )
 
 
-def draw(axes: Axes, values: np.ma.MaskedArray, cut: Plane, colors: str, limits: tuple[float, float]) -> AxesImage:
-    """Draw numbers on a plane in true proportions, solids grey."""
+def draw(
+    axes: Axes,
+    values: np.ndarray,
+    grid: Grid,
+    normal: int,
+    colors: str,
+    limits: tuple[float, float],
+    aspect: Literal["equal", "auto"] = "equal",
+) -> AxesImage:
+    """Draw numbers on a plane of a box, by default in true proportions; what is masked or no number is grey, as solids.
+
+    Args:
+        values: numbers on the plane, (a, b) along the two other axes.
+        normal: the axis normal to the plane.
+    """
     import matplotlib
 
-    first, second = (a for a in range(3) if a != cut.axis)
-    scale, unit = scene.readable(max(cut.grid.lengths), "m")
-    width, height = cut.grid.lengths[first] / scale, cut.grid.lengths[second] / scale
+    first, second = (a for a in range(3) if a != normal)
+    scale, unit = scene.readable(max(grid.lengths), "m")
+    width, height = grid.lengths[first] / scale, grid.lengths[second] / scale
     image = axes.imshow(
         values.T,
         origin="lower",
@@ -81,6 +94,7 @@ def draw(axes: Axes, values: np.ma.MaskedArray, cut: Plane, colors: str, limits:
         vmin=limits[0],
         vmax=limits[1],
         interpolation="nearest",
+        aspect=aspect,
     )
     for axis, length in ((axes.xaxis, width), (axes.yaxis, height)):
         axis.set_ticks([0, length / 2, length], labels=["0", f"{length / 2:.3g}", f"{length:.3g}"])
@@ -114,7 +128,8 @@ def slices(
     other = [plane(state, axis) for state in rollout] if rollout is not None else []
     speeds = quantities.color_limits([cut.speed.compressed() for cut in (*true, *other)])
     rows, columns = (len(true), 3) if other else (-(-len(true) // 2), min(2, len(true)))
-    width, height = (n for a, n in enumerate(true[0].grid.lengths) if a != axis)
+    box = true[0].grid
+    width, height = (n for a, n in enumerate(box.lengths) if a != axis)
     panel = 2.3 if other else 3.2
     size = (panel * columns + 0.6, panel * height / width * rows + 0.25 * rows + 1.1)
     figure = Figure(figsize=size, dpi=scene.DPI, layout="compressed")
@@ -124,9 +139,9 @@ def slices(
         errors = [ours.error(theirs) for ours, theirs in zip(other, true, strict=True)]
         wrong = quantities.color_limits([error.compressed() for error in errors])
         for row, (ours, theirs, error) in enumerate(zip(other, true, errors, strict=True)):
-            draw(grid[row, 0], theirs.speed, theirs, scene.SPEED_COLORS, speeds)
-            draw(grid[row, 1], ours.speed, ours, scene.SPEED_COLORS, speeds)
-            draw(grid[row, 2], error, ours, scene.ERROR_COLORS, wrong)
+            draw(grid[row, 0], theirs.speed, box, axis, scene.SPEED_COLORS, speeds)
+            draw(grid[row, 1], ours.speed, box, axis, scene.SPEED_COLORS, speeds)
+            draw(grid[row, 2], error, box, axis, scene.ERROR_COLORS, wrong)
             grid[row, 0].set_title(f"{'truth, ' if row == 0 else ''}t = {theirs.time:.3g} s", fontsize=9)
             grid[row, 1].set_title("rollout" if row == 0 else "", fontsize=9)
             number = "" if vrmse is None else f"VRMSE {vrmse[row]:.3g}"
@@ -139,7 +154,7 @@ def slices(
     for axes in grid.flat[len(true) :]:
         axes.remove()
     for axes, cut in zip(grid.flat, true, strict=False):
-        draw(axes, cut.speed, cut, scene.SPEED_COLORS, speeds)
+        draw(axes, cut.speed, box, axis, scene.SPEED_COLORS, speeds)
         axes.set_title(f"t = {cut.time:.3g} s", fontsize=9)
     drawn = list(grid.flat[: len(true)])
     scene.color_bar(figure, drawn, scene.SPEED_COLORS, speeds, "speed |u|", "m/s", **bar)
