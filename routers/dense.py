@@ -1,13 +1,13 @@
 """A control: one expert that takes every token, so that the layer is an ordinary feed-forward.
 
-Shape suffixes: T tokens, D model width, E experts.
+Shape suffixes: R rows to decide for, D model width, E experts.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from latentphys.routers.routing import Router, Routing
+from latentphys.routers.routing import Layout, Router, Routing
 
 
 class DenseRouter(Router):
@@ -26,6 +26,6 @@ class DenseRouter(Router):
             raise ValueError(f"Expected 1 expert in the dense control, got {num_experts}; set num_experts to 1.")
         super().__init__(num_experts, top_k=1)
 
-    def route(self, tokens_TD: Tensor) -> Routing:
-        ones_T1 = tokens_TD.new_ones(len(tokens_TD), 1)
-        return Routing(ids=ones_T1.new_zeros(ones_T1.shape).long(), weights=ones_T1, scores=ones_T1)
+    def route(self, rows_RD: Tensor, layout: Layout | None) -> Routing:
+        ones_R1 = rows_RD.new_ones(len(rows_RD), 1)
+        return Routing(ids=ones_R1.new_zeros(ones_R1.shape).long(), weights=ones_R1, scores=ones_R1)

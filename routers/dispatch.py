@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentphys.routers.experts import SwiGLUExperts
+from latentphys.routers.experts import Experts
 
 BACKENDS = ("auto", "grouped", "loop", "dense_static")
 
@@ -21,7 +21,7 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"Expected a dispatch backend of {' | '.join(BACKENDS)}, got {backend!r}.")
 
 
-def dispatch(x_TD: Tensor, ids_Tk: Tensor, weights_Tk: Tensor, experts: SwiGLUExperts, backend: str = "auto") -> Tensor:
+def dispatch(x_TD: Tensor, ids_Tk: Tensor, weights_Tk: Tensor, experts: Experts, backend: str = "auto") -> Tensor:
     """y_t = Σ_j w_tj · expert_{ids_tj}(x_t).
 
     Args:
@@ -60,7 +60,7 @@ def dispatch(x_TD: Tensor, ids_Tk: Tensor, weights_Tk: Tensor, experts: SwiGLUEx
     return _dense_static(x_TD, ids_Tk, weights_Tk, experts)
 
 
-def _grouped(x_TD: Tensor, ids_Tk: Tensor, weights_Tk: Tensor, experts: SwiGLUExperts) -> Tensor:
+def _grouped(x_TD: Tensor, ids_Tk: Tensor, weights_Tk: Tensor, experts: Experts) -> Tensor:
     if x_TD.dtype == torch.float64:
         raise ValueError("Expected FP32 or a 16-bit type for dispatch 'grouped', got FP64; use 'loop' or 'auto'.")
     ids_N = ids_Tk.flatten()
@@ -104,7 +104,7 @@ class _FromExperts(torch.autograd.Function):
         return grads[0][order_N], None, None
 
 
-def _loop(x_TD: Tensor, ids_Tk: Tensor, weights_Tk: Tensor, experts: SwiGLUExperts) -> Tensor:
+def _loop(x_TD: Tensor, ids_Tk: Tensor, weights_Tk: Tensor, experts: Experts) -> Tensor:
     places = [(ids_Tk == expert).nonzero(as_tuple=True) for expert in range(experts.num_experts)]
     token_N = torch.cat([token for token, _ in places])
     slot_N = torch.cat([slot for _, slot in places])
@@ -113,7 +113,7 @@ def _loop(x_TD: Tensor, ids_Tk: Tensor, weights_Tk: Tensor, experts: SwiGLUExper
     return weighted_ND.new_zeros(len(x_TD), experts.dim).index_add(0, token_N, weighted_ND).to(y_ND.dtype)
 
 
-def _dense_static(x_TD: Tensor, ids_Tk: Tensor, weights_Tk: Tensor, experts: SwiGLUExperts) -> Tensor:
+def _dense_static(x_TD: Tensor, ids_Tk: Tensor, weights_Tk: Tensor, experts: Experts) -> Tensor:
     weights_TE = weights_Tk.new_zeros(len(x_TD), experts.num_experts).scatter_add(1, ids_Tk, weights_Tk)
     # Expert after expert: one batched product for all of them holds E·T·2F numbers and is twice as slow.
     y_TD = experts.one(x_TD, 0)

@@ -1,12 +1,13 @@
-"""SwiGLU feed-forwards, alone and stacked into one tensor per weight.
+"""Feed-forwards, alone and stacked into one tensor per weight.
 
 Shape suffixes: T tokens, N rows (tokens repeated for each of their experts), D model width, F hidden width,
-G = 2F (gate and up side by side), E experts; K and M the inner and outer width of either product.
+G = 2F (SwiGLU, gate and up side by side) or F (GELU), E experts; K and M the inner and outer width of either product.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -26,51 +27,73 @@ def check_width(name: str, width: int) -> None:
         )
 
 
-def gate(hidden: Tensor) -> Tensor:
+def _swiglu(hidden: Tensor) -> Tensor:
     """silu(gate) · up, of a last axis that holds gate and up side by side."""
     gate, up = hidden.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
-class SwiGLU(nn.Module):
-    """W_out (silu(W_gate x) · W_up x), for any leading axes.
+def _gelu(hidden: Tensor) -> Tensor:
+    return F.gelu(hidden, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {"swiglu": (_swiglu, 2), "gelu": (_gelu, 1)}
+"""What stands between the two products, and how many times the hidden width it takes."""
+
+
+def activation_of(name: str) -> tuple[Callable[[Tensor], Tensor], int]:
+    """An activation and its width factor; ValueError where there is none of that name."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"Expected an activation of {' | '.join(ACTIVATIONS)}, got {name!r}.")
+    return ACTIVATIONS[name]
+
+
+class FeedForward(nn.Module):
+    """W_out (silu(W_gate x) · W_up x), or W_out gelu(W_in x), for any leading axes.
 
     Args:
         dim: model width D.
         hidden: hidden width F.
+        activation: ``swiglu | gelu``.
+
+    Raises:
+        ValueError: an unknown activation.
     """
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden: int, activation: str = "swiglu") -> None:
         super().__init__()
-        self.w_in = nn.Linear(dim, 2 * hidden, bias=False)
+        self.activate, factor = activation_of(activation)
+        self.w_in = nn.Linear(dim, factor * hidden, bias=False)
         self.w_out = nn.Linear(hidden, dim, bias=False)
         _init(self.w_in.weight, dim)
         _init(self.w_out.weight, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w_out(gate(self.w_in(x)))
+        return self.w_out(self.activate(self.w_in(x)))
 
 
-class SwiGLUExperts(nn.Module):
-    """E SwiGLU feed-forwards, in the two forms that `dispatch` needs: grouped, and one by one.
+class Experts(nn.Module):
+    """E feed-forwards, in the two forms that `dispatch` needs: grouped, and one by one.
 
     Args:
         num_experts: number of experts E, ≥ 1.
         dim: model width D, a multiple of 8.
         hidden: hidden width F of each expert, a multiple of 8.
+        activation: ``swiglu | gelu``.
 
     Raises:
-        ValueError: no expert, or a width that is not a multiple of 8.
+        ValueError: no expert, a width that is not a multiple of 8, or an unknown activation.
     """
 
-    def __init__(self, num_experts: int, dim: int, hidden: int) -> None:
+    def __init__(self, num_experts: int, dim: int, hidden: int, activation: str = "swiglu") -> None:
         super().__init__()
         if num_experts < 1:
             raise ValueError(f"Expected at least 1 expert, got num_experts = {num_experts}.")
         check_width("dim", dim)
         check_width("hidden", hidden)
-        self.num_experts, self.dim, self.hidden = num_experts, dim, hidden
-        self.w_in_EDG = nn.Parameter(_init(torch.empty(num_experts, dim, 2 * hidden), dim))
+        self.num_experts, self.dim, self.hidden, self.activation = num_experts, dim, hidden, activation
+        self.activate, factor = activation_of(activation)
+        self.w_in_EDG = nn.Parameter(_init(torch.empty(num_experts, dim, factor * hidden), dim))
         self.w_out_EFD = nn.Parameter(_init(torch.empty(num_experts, hidden, dim), hidden))
 
     def forward(self, x_ND: Tensor, ends_E: Tensor) -> Tensor:
@@ -83,14 +106,14 @@ class SwiGLUExperts(nn.Module):
             x_ND, w_in_EDG, w_out_EFD = x_ND.to(dtype), w_in_EDG.to(dtype), w_out_EFD.to(dtype)
         grouped_mm = F.grouped_mm if x_ND.dtype == torch.bfloat16 else _grouped_mm
         hidden_NG = grouped_mm(x_ND, w_in_EDG, offs=ends_E)
-        return grouped_mm(gate(hidden_NG), w_out_EFD, offs=ends_E)
+        return grouped_mm(self.activate(hidden_NG), w_out_EFD, offs=ends_E)
 
     def one(self, x_ND: Tensor, expert: int) -> Tensor:
         """Every row through one expert."""
-        return gate(x_ND @ self.w_in_EDG[expert]) @ self.w_out_EFD[expert]
+        return self.activate(x_ND @ self.w_in_EDG[expert]) @ self.w_out_EFD[expert]
 
     def extra_repr(self) -> str:
-        return f"num_experts={self.num_experts}, dim={self.dim}, hidden={self.hidden}"
+        return f"num_experts={self.num_experts}, dim={self.dim}, hidden={self.hidden}, activation={self.activation}"
 
 
 @torch.compiler.disable

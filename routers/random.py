@@ -1,6 +1,6 @@
 """A control: routing that knows nothing of the physics.
 
-Shape suffixes: T tokens, D model width, E experts.
+Shape suffixes: R rows to decide for, D model width, E experts.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentphys.routers.routing import Router, Routing
+from latentphys.routers.routing import Layout, Per, Router, Routing
 
 _CELLS_PER_UNIT = 64.0
 
@@ -27,18 +27,19 @@ class RandomRouter(Router):
         dim: model width D.
         num_experts: number of experts E.
         seed: seed of the projection, which is a buffer and stands in the checkpoint.
+        per: what one decision holds for, see `Router`.
     """
 
     projection_D: Tensor
 
-    def __init__(self, dim: int, num_experts: int, seed: int = 0) -> None:
-        super().__init__(num_experts, top_k=1)
+    def __init__(self, dim: int, num_experts: int, seed: int = 0, per: Per = "token") -> None:
+        super().__init__(num_experts, top_k=1, per=per)
         generator = torch.Generator().manual_seed(seed)
         self.register_buffer("projection_D", torch.randn(dim, generator=generator))
 
-    def route(self, tokens_TD: Tensor) -> Routing:
+    def route(self, rows_RD: Tensor, layout: Layout | None) -> Routing:
         # Unit tokens have projections of order 1 whatever D, so the length of a cell is fixed against their spread.
-        position_T = F.normalize(tokens_TD.detach(), dim=-1) @ self.projection_D.to(tokens_TD.dtype)
-        ids_T = (position_T * (_CELLS_PER_UNIT * self.num_experts)).floor().long().remainder(self.num_experts)
-        scores_TE = F.one_hot(ids_T, self.num_experts).to(tokens_TD.dtype)
-        return Routing(ids=ids_T[:, None], weights=scores_TE.new_ones(len(ids_T), 1), scores=scores_TE)
+        position_R = F.normalize(rows_RD.detach(), dim=-1) @ self.projection_D.to(rows_RD.dtype)
+        ids_R = (position_R * (_CELLS_PER_UNIT * self.num_experts)).floor().long().remainder(self.num_experts)
+        scores_RE = F.one_hot(ids_R, self.num_experts).to(rows_RD.dtype)
+        return Routing(ids=ids_R[:, None], weights=scores_RE.new_ones(len(ids_R), 1), scores=scores_RE)

@@ -1,6 +1,6 @@
 """Soft-semantic top-1 routing: tokens go to the expert whose learned prototype they resemble most.
 
-Shape suffixes: T tokens, D model width, S semantic width, E experts.
+Shape suffixes: R rows to decide for, D model width, S semantic width, E experts.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latentphys.routers.routing import Router, Routing
+from latentphys.routers.routing import Layout, Per, Router, Routing
 
 
 class SemanticTop1(Router):
@@ -26,6 +26,7 @@ class SemanticTop1(Router):
         dim: model width D.
         num_experts: number of experts E.
         semantic_dim: width S of the space in which tokens and prototypes are compared. Good values: 32…64.
+        per: what one decision holds for, see `Router`.
         temperature: initial temperature τ, > 0, learned as log τ. Good values: 0.1…0.5. Below that the scores saturate:
             tokens that the balance sends to another expert get a weight near zero, and the router learns little.
 
@@ -35,8 +36,10 @@ class SemanticTop1(Router):
     Reference: Shodh-MoE, arXiv 2605.15179; cosine routing as in X-MoE, arXiv 2204.09179, eq. 6–8.
     """
 
-    def __init__(self, dim: int, num_experts: int, semantic_dim: int = 64, temperature: float = 0.2) -> None:
-        super().__init__(num_experts, top_k=1)
+    def __init__(
+        self, dim: int, num_experts: int, semantic_dim: int = 64, temperature: float = 0.2, per: Per = "token"
+    ) -> None:
+        super().__init__(num_experts, top_k=1, per=per)
         if not temperature > 0:
             raise ValueError(f"Expected a positive temperature, got {temperature}.")
         self.projection_SD = nn.Parameter(torch.randn(semantic_dim, dim) / math.sqrt(dim))
@@ -44,9 +47,9 @@ class SemanticTop1(Router):
         # One element and not a scalar: FSDP2 refuses parameters without an axis.
         self.log_temperature = nn.Parameter(torch.tensor([math.log(temperature)]))
 
-    def route(self, tokens_TD: Tensor) -> Routing:
-        dtype = tokens_TD.dtype
-        semantic_TS = F.normalize(tokens_TD @ self.projection_SD.to(dtype).mT, dim=-1)
+    def route(self, rows_RD: Tensor, layout: Layout | None) -> Routing:
+        dtype = rows_RD.dtype
+        semantic_RS = F.normalize(rows_RD @ self.projection_SD.to(dtype).mT, dim=-1)
         prototypes_ES = F.normalize(self.prototypes_ES.to(dtype), dim=-1)
-        logits_TE = semantic_TS @ prototypes_ES.mT * torch.exp(-self.log_temperature.to(dtype))
-        return self.select(logits_TE.softmax(dim=-1))
+        logits_RE = semantic_RS @ prototypes_ES.mT * torch.exp(-self.log_temperature.to(dtype))
+        return self.select(logits_RE.softmax(dim=-1), logits_RE.logsumexp(-1, keepdim=True))

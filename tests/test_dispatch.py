@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from latentphys.routers import SwiGLUExperts, dispatch
+from latentphys.routers import Experts, dispatch
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2}
 
@@ -18,10 +18,10 @@ def problem(
     used: int | None = None,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, SwiGLUExperts]:
+) -> tuple[Tensor, Tensor, Tensor, Experts]:
     """Tokens, distinct random experts per token out of the first ``used``, random weights, random experts."""
     torch.manual_seed(seed)
-    experts = SwiGLUExperts(num_experts, dim=8, hidden=16).to(dtype)
+    experts = Experts(num_experts, dim=8, hidden=16).to(dtype)
     x = torch.randn(num_tokens, 8, dtype=dtype)
     ids = torch.rand(num_tokens, used or num_experts).topk(top_k).indices
     weights = torch.rand(num_tokens, top_k, dtype=torch.promote_types(dtype, torch.float32))
@@ -33,7 +33,7 @@ def gradient(value: Tensor) -> Tensor:
     return value.grad.clone()
 
 
-def run(backend: str, x: Tensor, ids: Tensor, weights: Tensor, experts: SwiGLUExperts) -> dict[str, Tensor]:
+def run(backend: str, x: Tensor, ids: Tensor, weights: Tensor, experts: Experts) -> dict[str, Tensor]:
     """Output and all gradients of a fixed nonlinear function of it."""
     experts.zero_grad()
     x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
@@ -90,7 +90,7 @@ def test_fp64_loop_and_dense_agree_and_auto_is_the_loop() -> None:
 
 
 class Dispatcher(nn.Module):
-    def __init__(self, experts: SwiGLUExperts) -> None:
+    def __init__(self, experts: Experts) -> None:
         super().__init__()
         self.experts = experts
 
@@ -176,6 +176,6 @@ def test_refuses_what_it_cannot_do() -> None:
 @pytest.mark.parametrize(("dim", "hidden", "name", "remedy"), [(12, 16, "dim", 16), (8, 20, "hidden", 24)])
 def test_refuses_rows_that_are_not_multiples_of_16_bytes(dim: int, hidden: int, name: str, remedy: int) -> None:
     with pytest.raises(ValueError, match=f"Expected {name} to be a multiple of 8 .* use {remedy}"):
-        SwiGLUExperts(2, dim, hidden)
+        Experts(2, dim, hidden)
     with pytest.raises(ValueError, match="Expected at least 1 expert, got num_experts = 0"):
-        SwiGLUExperts(0, 8, 8)
+        Experts(0, 8, 8)

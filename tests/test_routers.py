@@ -11,11 +11,12 @@ import torch.distributed as dist
 from latentphys.routers import (
     BiasBalance,
     DenseRouter,
+    Experts,
+    Layout,
     MoEFeedForward,
     RandomRouter,
     Routing,
     SemanticTop1,
-    SwiGLUExperts,
     load_loss,
     telemetry,
 )
@@ -70,16 +71,17 @@ def test_top1_is_the_softmax_of_the_cosine() -> None:
 
 def test_the_router_learns_through_an_unnormalised_weight() -> None:
     """The same layer with the weight normalised over k = 1 gives the router no gradient."""
-    layer = MoEFeedForward(16, 16, SemanticTop1(16, 4))
+    router = SemanticTop1(16, 4)
+    layer = MoEFeedForward(16, 16, router)
     x = torch.randn(2, 30, 16)
     layer(x)[0].square().sum().backward()
-    for parameter in layer.router.parameters():
+    for parameter in router.parameters():
         assert parameter.grad is not None and parameter.grad.norm() > 1e-2
 
-    layer.router.zero_grad()
-    routing = layer.router(x.flatten(0, 1))
+    router.zero_grad()
+    routing = router(x.flatten(0, 1))
     (routing.weights / routing.weights.sum(-1, keepdim=True)).square().sum().backward()
-    for parameter in layer.router.parameters():
+    for parameter in router.parameters():
         assert parameter.grad is not None and parameter.grad.norm() < 1e-4
 
 
@@ -88,7 +90,8 @@ def test_training_teaches_the_router_to_part_two_families() -> None:
     x, families = two_families(512)
     x = torch.nn.functional.layer_norm(x, (16,))
     target = torch.where(families[:, None] == 0, x.roll(1, -1), -x)
-    layer = MoEFeedForward(16, 16, SemanticTop1(16, 4), num_shared=0)
+    router = SemanticTop1(16, 4)
+    layer = MoEFeedForward(16, 16, router, num_shared=0)
     balance = BiasBalance(1e-2)
     optimiser = torch.optim.Adam(layer.parameters(), lr=3e-3)
     for _ in range(200):
@@ -96,7 +99,7 @@ def test_training_teaches_the_router_to_part_two_families() -> None:
         optimiser.zero_grad()
         (y[0] - target).square().mean().backward()
         optimiser.step()
-        layer.router.bias_E.copy_(balance.update(layer.router.bias_E, telemetry.expert_counts(routing.ids, 4)))
+        router.bias_E.copy_(balance.update(router.bias_E, telemetry.expert_counts(routing.ids, 4)))
     joint = telemetry.joint_counts(layer(x[None])[1].ids, families, 4, 2)
     assert telemetry.mutual_information(joint).normalised > 0.9
     assert telemetry.entropy(joint.sum(0)) > 1.9
@@ -214,7 +217,7 @@ def test_the_dense_control_is_an_ordinary_feed_forward() -> None:
 
 @pytest.mark.parametrize("num_experts", [1, 16])
 def test_experts_start_alike_however_many_there_are(num_experts: int) -> None:
-    experts = SwiGLUExperts(num_experts, 64, 128)
+    experts = Experts(num_experts, 64, 128)
     for weight, fan_in in ((experts.w_in_EDG, 64), (experts.w_out_EFD, 128)):
         for expert in weight.detach():
             assert float(expert.std()) == pytest.approx(1 / math.sqrt(fan_in), rel=0.05)
@@ -238,8 +241,8 @@ def test_refuses_what_no_router_can_be() -> None:
 
 
 class _TopK(Router):
-    def route(self, tokens_TD: torch.Tensor) -> Routing:
-        return self.select(tokens_TD.softmax(-1))
+    def route(self, rows_RD: torch.Tensor, layout: Layout | None) -> Routing:
+        return self.select(rows_RD.softmax(-1))
 
 
 def test_select_takes_the_k_best() -> None:

@@ -6,8 +6,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from latentphys.routers import MoEFeedForward, Router, Routing
+from latentphys.routers import Layout, MoEFeedForward, Router, Routing
 from latentphys.transformer.attention import SelfAttention
+from latentphys.transformer.fourier import FourierMixer
+
+MIXERS = ("attention", "fourier")
 
 
 class Modulation(nn.Module):
@@ -38,19 +41,24 @@ def normalise(
 
 
 class TransformerBlock(nn.Module):
-    """x + g₁ attention(norm₁ x), then x + g₂ feed_forward(norm₂ x); shifts, scales and gates g from the condition.
+    """x + g₁ mix(norm₁ x), then x + g₂ feed_forward(norm₂ x); shifts, scales and gates g from the condition.
 
     The gates are zero at the start, so that an untrained block is the identity.
 
     Args:
         dim: model width.
         condition_dim: width of the conditioning vector.
-        num_heads: attention heads.
+        num_heads: attention heads, or diagonal blocks of the Fourier mixer.
         hidden: hidden width of each routed and shared expert.
-        router: which experts take each token.
+        router: which experts take each token; the number of experts where a router outside the block says so.
         num_shared: experts that take every token.
+        mixer: ``attention`` over all cells, or ``fourier``.
         attention: backend of `SelfAttention`.
+        activation: of the experts, ``swiglu | gelu``.
         dispatch: backend of `latentphys.routers.dispatch`.
+
+    Raises:
+        ValueError: an unknown mixer, or what its parts refuse.
     """
 
     def __init__(
@@ -59,24 +67,43 @@ class TransformerBlock(nn.Module):
         condition_dim: int,
         num_heads: int,
         hidden: int,
-        router: Router,
+        router: Router | int,
         num_shared: int = 1,
+        mixer: str = "attention",
         attention: str = "auto",
+        activation: str = "swiglu",
         dispatch: str = "auto",
     ) -> None:
         super().__init__()
+        if mixer not in MIXERS:
+            raise ValueError(f"Expected a mixer of {' | '.join(MIXERS)}, got {mixer!r}.")
         self.modulation = Modulation(condition_dim, dim, 6)
-        self.attention = SelfAttention(dim, num_heads, attention)
-        self.feed_forward = MoEFeedForward(dim, hidden, router, num_shared, dispatch=dispatch)
+        self.attention = SelfAttention(dim, num_heads, attention) if mixer == "attention" else None
+        self.fourier = FourierMixer(dim, num_heads) if mixer == "fourier" else None
+        self.feed_forward = MoEFeedForward(dim, hidden, router, num_shared, activation=activation, dispatch=dispatch)
 
     def forward(
         self,
         x: Float[Tensor, "b token dim"],
         condition: Float[Tensor, "b condition"],
         table: Float[Tensor, "2 token pair"],
+        layout: Layout,
+        routing: Routing | None = None,
     ) -> tuple[Float[Tensor, "b token dim"], Routing]:
-        """The next tokens, and where the feed-forward sent these."""
+        """The next tokens, and where the feed-forward sent these.
+
+        Args:
+            table: what `rotary` makes for the tokens' positions.
+            layout: where the tokens stand.
+            routing: what a router outside the block decided.
+        """
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(condition)
-        x = x + gate_1 * self.attention(normalise(x, shift_1, scale_1), table)
-        y, routing = self.feed_forward(normalise(x, shift_2, scale_2))
+        x = x + gate_1 * self._mix(normalise(x, shift_1, scale_1), table, layout)
+        y, routing = self.feed_forward(normalise(x, shift_2, scale_2), layout, routing)
         return x + gate_2 * y, routing
+
+    def _mix(self, x: Tensor, table: Tensor, layout: Layout) -> Tensor:
+        if self.attention is not None:
+            return self.attention(x, table)
+        assert self.fourier is not None
+        return self.fourier(x, layout.shape)

@@ -9,7 +9,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from latentphys.routers import Router, Routing
+from latentphys.routers import Layout, Router, Routing
 from latentphys.routers.routing import RouterFactory, build_router
 from latentphys.transformer.block import Modulation, TransformerBlock, normalise
 from latentphys.transformer.rotary import rotary
@@ -21,7 +21,8 @@ class Prediction:
 
     Args:
         increment: next latent minus last latent, ``(b, c, x, y, z)``.
-        routings: the routing of every block, first to last, tokens sample after sample in C order.
+        routings: what each router said, first block to last, tokens sample after sample in C order; one for all blocks
+            where whole functions are routed.
     """
 
     increment: Float[Tensor, "b c x y z"]
@@ -41,10 +42,14 @@ class LatentTransformer(nn.Module):
         geometry_channels: geometry fields per latent cell, such as porosity and wall distance; may be 0.
         dim: model width, a multiple of 8 and of ``num_heads``.
         depth: number of blocks.
-        num_heads: attention heads.
+        num_heads: attention heads, or diagonal blocks of the Fourier mixer.
         hidden: hidden width of each expert, a multiple of 8.
-        router: makes the router of a block from its width, ``functools.partial(SemanticTop1, num_experts=4)``.
+        router: makes a router from the width of what it looks at, ``functools.partial(SemanticTop1, num_experts=4)``.
+        routing: ``block``, where every block has a router for its own tokens; or ``function``, where one router looks
+            at the features of each whole input function (`function_features`) and decides for all blocks.
         num_shared: experts that take every token.
+        mixer: ``attention | fourier``.
+        activation: of the experts, ``swiglu | gelu``.
         attention: ``auto | math | flash | cudnn | flash_attn``.
         dispatch: ``auto | grouped | loop | dense_static``.
 
@@ -63,7 +68,10 @@ class LatentTransformer(nn.Module):
         num_heads: int,
         hidden: int,
         router: RouterFactory,
+        routing: str = "block",
         num_shared: int = 1,
+        mixer: str = "attention",
+        activation: str = "swiglu",
         attention: str = "auto",
         dispatch: str = "auto",
     ) -> None:
@@ -78,6 +86,8 @@ class LatentTransformer(nn.Module):
                 raise ValueError(f"Expected {name} ≥ 1, got {value}.")
         if geometry_channels < 0:
             raise ValueError(f"Expected geometry_channels ≥ 0, got {geometry_channels}.")
+        if routing not in ("block", "function"):
+            raise ValueError(f"Expected routing = block | function, got {routing!r}.")
         self.latent_channels = latent_channels
         self.num_frames = num_frames
         self.condition_channels = condition_channels
@@ -88,9 +98,20 @@ class LatentTransformer(nn.Module):
         self.embed_condition = nn.Sequential(
             nn.Linear(condition_channels, condition_dim), nn.SiLU(), nn.Linear(condition_dim, condition_dim)
         )
+        num_features = 2 * latent_channels + geometry_channels + condition_channels
+        self.router = build_router(router, num_features) if routing == "function" else None
         self.blocks = nn.ModuleList(
             TransformerBlock(
-                dim, condition_dim, num_heads, hidden, build_router(router, dim), num_shared, attention, dispatch
+                dim,
+                condition_dim,
+                num_heads,
+                hidden,
+                build_router(router, dim) if self.router is None else self.router.num_experts,
+                num_shared,
+                mixer,
+                attention,
+                activation,
+                dispatch,
             )
             for _ in range(depth)
         )
@@ -100,8 +121,17 @@ class LatentTransformer(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def routers(self) -> list[Router]:
-        """The router of every block, first to last, for balance, telemetry and freezing."""
-        return [block.feed_forward.router for block in self.blocks]  # type: ignore[union-attr,misc]
+        """Every router, first block to last, for balance, telemetry and freezing."""
+        return [module for module in self.modules() if isinstance(module, Router)]
+
+    @staticmethod
+    def function_features(
+        latents: Float[Tensor, "b k c x y z"], condition: Float[Tensor, "b p"], geometry: Float[Tensor, "b g x y z"]
+    ) -> Float[Tensor, "b f"]:
+        """What a router of whole functions looks at: mean and spread of every channel of the last frame, mean geometry,
+        and the condition."""
+        last = latents[:, -1].flatten(2)
+        return torch.cat([last.mean(-1), last.std(-1, correction=0), geometry.flatten(2).mean(-1), condition], dim=-1)
 
     def forward(
         self,
@@ -128,10 +158,16 @@ class LatentTransformer(nn.Module):
             cells = torch.cat([latents.flatten(1, 2), geometry], dim=1)
             x = self.embed(rearrange(cells, "b c x y z -> b (x y z) c"))
             context = self.embed_condition(condition)
-        routings = []
+        layout = Layout(int(latents.shape[0]), (px, py, pz))
+        routings, decided = [], None
+        if self.router is not None:
+            whole = self.router(self.function_features(latents, condition, geometry))
+            decided = whole.spread(layout, layout.shape)
+            routings.append(decided)
         for block in self.blocks:
-            x, routing = block(x, context, table)
-            routings.append(routing)
+            x, routing = block(x, context, table, layout, decided)
+            if decided is None:
+                routings.append(routing)
         with torch.autocast(latents.device.type, enabled=False):
             out = self.head(normalise(x, *self.modulation(context)))
         return Prediction(rearrange(out, "b (x y z) c -> b c x y z", x=px, y=py, z=pz), routings)
