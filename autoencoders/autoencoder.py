@@ -11,13 +11,16 @@ from torch import Tensor, nn
 from latentphys.autoencoders.decoder import Decoder
 from latentphys.autoencoders.encoder import Encoder
 from latentphys.autoencoders.helmholtz import Head, ProjectionHead
-from latentphys.autoencoders.layers import geometry_features, space_to_depth
+from latentphys.autoencoders.layers import extrude, flatten, geometry_features, space_to_depth
 from latentphys.autoencoders.normaliser import FamilyScale
 from latentphys.grid import Geometry, Grid
 
 
 class Autoencoder(nn.Module):
     """Compresses fluxes of several families into one latent space.
+
+    Boxes of one or two dimensions, with axes of one cell, pass as boxes in which nothing changes along those axes: the
+    networks see them one patch thick, and what they say is averaged over that thickness before the head.
 
     Args:
         scales: family → its mean profile and velocity scale.
@@ -60,17 +63,17 @@ class Autoencoder(nn.Module):
         self.decoder = Decoder(self.head.num_channels, latent_channels, widths, num_blocks, stem)
 
     def latent_shape(self, grid: Grid) -> tuple[int, int, int]:
-        """Latent cells per axis.
+        """Latent cells per axis; one along an axis of one cell.
 
         Raises:
             ValueError: a grid that the compression does not divide.
         """
-        if any(n % self.compression for n in grid.shape):
+        if any(n % self.compression for n in grid.shape if n > 1):
             raise ValueError(
                 f"Expected a grid divisible by the compression of {self.compression} per axis, got {grid.shape}; "
                 f"choose multiples of {self.compression}."
             )
-        x, y, z = (n // self.compression for n in grid.shape)
+        x, y, z = (max(1, n // self.compression) for n in grid.shape)
         return x, y, z
 
     def scale(self, family: str) -> FamilyScale:
@@ -98,7 +101,8 @@ class Autoencoder(nn.Module):
         """
         covariance = torch.zeros(())
         for family, (grid, flux) in snapshots.items():
-            patches = space_to_depth(self.scale(family).normalise(flux, grid).double(), self.compression)
+            u = extrude(self.scale(family).normalise(flux, grid).double(), self.compression)
+            patches = space_to_depth(u, self.compression)
             rows = patches.movedim(1, -1).flatten(0, -2)
             if not bool(torch.isfinite(rows).all()):
                 raise ValueError(f"Expected finite fluxes of family {family!r}, got NaN or infinite values.")
@@ -115,8 +119,11 @@ class Autoencoder(nn.Module):
         """The latent of a flux [m³/s]."""
         self.latent_shape(geometry.grid)
         u = self.scale(family).normalise(flux, geometry.grid).float()
-        features = geometry_features(geometry).to(u.device)
-        return self.encoder(geometry.mask(u), features, geometry.grid.periodic)
+        features = self._features(geometry).to(u.device)
+        return self.encoder(extrude(geometry.mask(u), self.compression), features, geometry.grid.periodic)
+
+    def _features(self, geometry: Geometry) -> Float[Tensor, "b 2 nx ny nz"]:
+        return extrude(geometry_features(geometry), self.compression)
 
     def decode(
         self, latent: Float[Tensor, "b c x y z"], geometry: Geometry, family: str, exact: bool = False
@@ -130,8 +137,8 @@ class Autoencoder(nn.Module):
         expected = (self.latent_channels, *self.latent_shape(geometry.grid))
         if tuple(latent.shape[1:]) != expected:
             raise ValueError(f"Expected latents of shape (b, {str(expected)[1:-1]}), got {tuple(latent.shape)}.")
-        features = geometry_features(geometry).to(latent.device)
-        raw = self.decoder(latent.float(), features, geometry.grid.periodic)
+        features = self._features(geometry).to(latent.device)
+        raw = flatten(self.decoder(latent.float(), features, geometry.grid.periodic), geometry.grid.shape)
         finish = self.head.exact if exact else self.head
         return finish(raw, geometry, self.scale(family))
 

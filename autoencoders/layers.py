@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -30,6 +32,17 @@ def space_to_depth(x: Float[Tensor, "b c x y z"], factor: int) -> Tensor:
 def depth_to_space(x: Float[Tensor, "b c x y z"], factor: int) -> Tensor:
     """The inverse of `space_to_depth`."""
     return rearrange(x, "b (c i j k) x y z -> b c (x i) (y j) (z k)", i=factor, j=factor, k=factor)
+
+
+def extrude(x: Float[Tensor, "*b x y z"], cells: int) -> Tensor:
+    """A field of one or two dimensions as one of three: axes of one cell repeated to a number of cells."""
+    return x.expand(*x.shape[:-3], *(cells if n == 1 else n for n in x.shape[-3:]))
+
+
+def flatten(x: Float[Tensor, "*b x y z"], shape: Sequence[int]) -> Tensor:
+    """The mean over the axes along which a box of this shape has one cell: what `extrude` is undone by."""
+    thin = [axis for axis, n in enumerate(shape, start=-3) if n == 1]
+    return x.mean(thin, keepdim=True) if thin else x
 
 
 def pad_by_boundary(x: Float[Tensor, "b c x y z"], periodic: Periodic) -> Tensor:

@@ -226,7 +226,7 @@ def windows_case(values: np.ndarray, folder: Path, rounds: int) -> dict[str, Any
             assert torch.equal(data[1]["input_fields"][0], expected)
             readers[name] = data.__getitem__
     else:
-        print("the_well is not installed: not compared")
+        print("the_well is not installed: not compared", file=sys.stderr)
     seconds = in_turns(readers, len(values) - 1, rounds)
     ratios = {f"loader_over_{name}": seconds[name] / seconds["windows"] for name in readers if name != "windows"}
     return {"window_mb": 2 * values[0].nbytes / 1e6, **ratios, **{f"{k}_ms": 1e3 * v for k, v in seconds.items()}}

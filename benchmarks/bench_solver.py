@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -104,7 +105,7 @@ def run(arguments: argparse.Namespace) -> None:
     work: dict[str, Callable[[int], Any]] = {name: flow.advance for name, flow in flows.items()}
     peer = foreign(arguments.size, arguments.threads) if arguments.device == "cpu" else None
     if peer is None:
-        print("lbmpy is not here, or not for this device: no foreign solver in this run")
+        print("lbmpy is not here, or not for this device: no foreign solver in this run", file=sys.stderr)
     else:
         work["lbmpy D3Q19 fp32"] = peer
     times: dict[str, list[float]] = {name: [] for name in work}

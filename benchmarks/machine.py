@@ -18,6 +18,9 @@ import torch
 
 T = TypeVar("T")
 
+STDOUT = "-"
+"""What `--json` holds where it names no file."""
+
 
 def describe(device: str) -> dict[str, Any]:
     """Processor, cores, threads, load and versions, and the GPU where that is the device."""
@@ -46,25 +49,44 @@ def parser(description: str) -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=description)
     result.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
     result.add_argument("--threads", type=int, default=2, help="CPU threads (default %(default)s)")
-    result.add_argument("--json", type=Path, metavar="PATH", help="append one JSON line per result to this file")
+    result.add_argument(
+        "--json",
+        nargs="?",
+        const=STDOUT,
+        metavar="PATH",
+        help="append one JSON line per result to this file; without a file, print them and nothing else",
+    )
     return result
 
 
 class Results:
-    """Prints each result, and appends it to a file of JSON lines together with the machine."""
+    """Prints each result, or appends it to a file of JSON lines together with the machine; JSON alone where asked."""
 
     def __init__(self, benchmark: str, arguments: argparse.Namespace) -> None:
         torch.set_num_threads(arguments.threads)
-        self.benchmark, self.path, self.device = benchmark, arguments.json, arguments.device
+        self.benchmark, self.device = benchmark, arguments.device
+        self.json_only = arguments.json == STDOUT
+        self.path = None if arguments.json is None or self.json_only else Path(arguments.json)
         print(json.dumps(describe(self.device)), flush=True)
 
-    def add(self, case: str, figures: Mapping[str, Any]) -> None:
-        """One result: numbers by name, the unit at the end of the name where there is one."""
-        print(f"{case:<34}" + "  ".join(f"{name} {_short(value)}" for name, value in figures.items()), flush=True)
-        if self.path is not None:
-            line = {"benchmark": self.benchmark, "case": case, **figures, "machine": describe(self.device)}
+    def say(self, text: str) -> None:
+        """A remark, for people only."""
+        if not self.json_only:
+            print(text, flush=True)
+
+    def add(
+        self, name: str, figures: Mapping[str, Any], settings: Mapping[str, Any] | None = None, indent: str = ""
+    ) -> None:
+        """One result: numbers by name, the unit at the end of the name where there is one; settings for JSON only."""
+        numbers = "  ".join(f"{key} {_short(value)}" for key, value in figures.items())
+        self.say(f"{indent + name:<33} {numbers}")
+        line = {"benchmark": self.benchmark, "name": name, **figures, **(settings or {})}
+        text = json.dumps(line | {"machine": describe(self.device)})
+        if self.json_only:
+            print(text, flush=True)
+        elif self.path is not None:
             with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(text + "\n")
 
 
 def _short(value: Any) -> str:

@@ -11,6 +11,7 @@ installed (`pip install pyamg`). PyAMG is set up on the matrix plus 1e-9 of its 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -110,7 +111,7 @@ def wanted(arguments: argparse.Namespace, size: int) -> Iterator[str]:
 def run(arguments: argparse.Namespace) -> None:
     results = Results("preconditioners", arguments)
     if not find_spec("pyamg"):
-        print("PyAMG is not installed and left out; `pip install pyamg` adds it to the comparison.", flush=True)
+        print("PyAMG is not installed and left out; `pip install pyamg` adds it to the comparison.", file=sys.stderr)
     for kind in arguments.kinds:
         for fraction in arguments.fractions:
             for size in arguments.sizes:

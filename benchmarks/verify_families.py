@@ -54,14 +54,14 @@ def run(arguments: argparse.Namespace) -> int:
         begin = time.perf_counter()
         result = case.run(arguments.device, arguments.size)
         done.append((case, result, time.perf_counter() - begin))
-        print(f"{case.family}: {case.name} ({done[-1][2]:.0f} s)", flush=True)
+        results.say(f"{case.family}: {case.name} ({done[-1][2]:.0f} s)")
         for row in result.rows:
-            results.add(f"  {row.quantity}", figures(row) | {"family": case.family})
+            results.add(row.quantity, figures(row) | {"family": case.family}, indent="  ")
     rows = [row for _, result, _ in done for row in result.rows]
     failed = [row for row in rows if not row.passed]
     if arguments.docs is not None:
         write_page(done, arguments)
-    print(f"{len(rows) - len(failed)} of {len(rows)} within their tolerance; {sum(t for *_, t in done):.0f} s")
+    results.say(f"{len(rows) - len(failed)} of {len(rows)} within their tolerance; {sum(t for *_, t in done):.0f} s")
     return int(bool(failed))
 
 

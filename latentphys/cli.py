@@ -126,7 +126,7 @@ def rollout(arguments: argparse.Namespace) -> int:
     from latentphys.rollout import rollout_store
     from latentphys.training import load_dynamics, open_checkpoint
 
-    dynamics, autoencoder = load_dynamics(arguments.checkpoint)
+    dynamics, autoencoder = load_dynamics(arguments.checkpoint, arguments.resident_experts)
     store = open_store(arguments.store)
     trajectories = arguments.trajectories or split(len(store), arguments.held_out)[1]
     with progress_bar() as bar:
@@ -151,7 +151,7 @@ def validate(arguments: argparse.Namespace) -> int:
     from latentphys.data import open_store
     from latentphys.progress import progress_bar
     from latentphys.training import load_autoencoder, load_dynamics, open_checkpoint
-    from latentphys.validators import exit_status, write_report
+    from latentphys.validators import exit_status, measure_routing, write_report
     from latentphys.validators import validate as run
     from latentphys.views import render as draw
 
@@ -168,6 +168,7 @@ def validate(arguments: argparse.Namespace) -> int:
     pairs = [
         (open_store(s), None if r is None else open_store(r)) for s, r in zip(arguments.stores, references, strict=True)
     ]
+    routing = measure_routing([store for store, _ in pairs])
     validations, pictures = [], []
     with progress_bar() as bar:
         for store, reference in pairs:
@@ -180,7 +181,7 @@ def validate(arguments: argparse.Namespace) -> int:
                 pictures += draw(store, Path(arguments.out) / "pictures", reference)
                 bar.advance(line)
     provenance = {"stores": [str(s.path) for s, _ in pairs], "checkpoint": arguments.checkpoint or "none"}
-    report = write_report(validations, arguments.out, pictures, provenance)
+    report = write_report(validations, arguments.out, pictures, provenance, routing)
     checks = [check for validation in validations for check in validation.checks]
     if arguments.json:
         print((report.parent / "report.json").read_text())
@@ -320,7 +321,7 @@ def parser() -> argparse.ArgumentParser:
         "overrides",
         nargs="*",
         metavar="KEY=VALUE",
-        help="Hydra overrides: stores=[…], run=DIR, router=top1|random|dense, trainer.num_steps=…, experiment=…",
+        help="Hydra overrides: stores=[…], run=DIR, router=top1|random|dense|tree, trainer.num_steps=…, experiment=…",
     )
 
     sub = verb(encode, "encode a store of fields into a store of latents")
@@ -338,6 +339,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--trajectories", type=int, nargs="+", help="which trajectories (default: the held-out ones)")
     sub.add_argument(
         "--held-out", type=_share, default=0.15, help="share or number held out (default %(default)s, as in training)"
+    )
+    sub.add_argument(
+        "--resident-experts",
+        type=int,
+        metavar="N",
+        help="keep N experts of each layer in memory and read others from the checkpoint when needed (default: all)",
     )
     sub.add_argument("--overwrite", action="store_true", help="replace OUT")
 

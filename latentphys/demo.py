@@ -58,33 +58,45 @@ def run(out: Path, size: str = "demo") -> int:
         shutil.rmtree(out)
     out.mkdir(parents=True)
     (out / "demo.txt").write_text(f"made by `latentphys demo --size {size}`\n")
-
-    def store(family: str, suffix: str = "") -> str:
-        return str(out / f"{family}{suffix}.zarr")
-
-    def station(*arguments: str) -> None:
-        print(f"\n$ latentphys {' '.join(arguments)}", flush=True)
-        status = main(arguments)
-        if status:
-            raise ValueError(f"Expected this station to succeed, got exit status {status}: {arguments[0]}.")
-
-    held_out = f"held_out={HELD_OUT}"
-    for family in FAMILIES:
-        station("simulate", f"family={family}", *chosen.simulate[family], f"out={store(family)}")
-    stores = f"stores=[{','.join(store(f) for f in FAMILIES)}]"
-    station("train", "autoencoder", stores, f"run={out / 'autoencoder'}", held_out, *chosen.autoencoder)
-    for family in FAMILIES:
-        station("encode", str(out / "autoencoder"), store(family), store(family, ".latent"))
-    latents = f"stores=[{','.join(store(f, '.latent') for f in FAMILIES)}]"
-    station("train", "dynamics", latents, f"run={out / 'dynamics'}", held_out, *chosen.dynamics)
-    rollouts = [store(family, ".rollout") for family in FAMILIES]
+    compress(out, size)
+    _station("train", "dynamics", latents(out), f"run={out / 'dynamics'}", f"held_out={HELD_OUT}", *chosen.dynamics)
+    rollouts = [_store(out, family, ".rollout") for family in FAMILIES]
     for family, rollout in zip(FAMILIES, rollouts, strict=True):
-        dynamics = str(out / "dynamics")
-        station("rollout", dynamics, store(family), rollout, "--steps", str(chosen.steps), "--held-out", str(HELD_OUT))
-    references = [store(family) for family in FAMILIES]
+        road = str(out / "dynamics"), _store(out, family), rollout
+        _station("rollout", *road, "--steps", str(chosen.steps), "--held-out", str(HELD_OUT))
+    references = [_store(out, family) for family in FAMILIES]
     report = ["--checkpoint", str(out / "dynamics"), "--pictures", "--out", str(out / "report")]
     arguments = ["validate", *rollouts, "--reference", *references, *report]
     print(f"\n$ latentphys {' '.join(arguments)}", flush=True)
     status = main(arguments)
     print(f"\nThe whole road took {time.perf_counter() - begin:.0f} s. Report: {out / 'report' / 'report.html'}")
     return status
+
+
+def compress(out: Path, size: str = "demo") -> None:
+    """The road up to the latents: both families simulated, an autoencoder trained on them, every snapshot encoded."""
+    chosen = SIZES[size]
+    for family in FAMILIES:
+        _station("simulate", f"family={family}", *chosen.simulate[family], f"out={_store(out, family)}")
+    stores, run = f"stores=[{','.join(_store(out, f) for f in FAMILIES)}]", str(out / "autoencoder")
+    _station("train", "autoencoder", stores, f"run={run}", f"held_out={HELD_OUT}", *chosen.autoencoder)
+    for family in FAMILIES:
+        _station("encode", run, _store(out, family), _store(out, family, ".latent"))
+
+
+def latents(out: Path) -> str:
+    """The override that names the latents of both families."""
+    return f"stores=[{','.join(_store(out, family, '.latent') for family in FAMILIES)}]"
+
+
+def _store(out: Path, family: str, suffix: str = "") -> str:
+    return str(out / f"{family}{suffix}.zarr")
+
+
+def _station(*arguments: str) -> None:
+    from latentphys.cli import main
+
+    print(f"\n$ latentphys {' '.join(arguments)}", flush=True)
+    status = main(arguments)
+    if status:
+        raise ValueError(f"Expected this station to succeed, got exit status {status}: {arguments[0]}.")

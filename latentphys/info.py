@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
+from latentphys.accounting import Cost, Parts, count, count_autoencoder
+from latentphys.autoencoders import Autoencoder
 from latentphys.data import Store, open_store
 from latentphys.fields import Domain
+from latentphys.routers import Nested, Router
 from latentphys.sphere import Sphere
 from latentphys.training import load_autoencoder, load_dynamics, open_checkpoint
+from latentphys.transformer.dynamics import Dynamics
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -112,35 +118,134 @@ def _checkpoint(path: Path) -> dict[str, Any]:
     checkpoint = open_checkpoint(path)
     about = {"checkpoint": str(checkpoint.path), "kind": checkpoint.kind, "step": checkpoint.step}
     if checkpoint.kind == "autoencoder":
-        autoencoder = load_autoencoder(path)
-        ratio = 3 * autoencoder.compression**3 / autoencoder.latent_channels
-        return about | {
-            "families": ", ".join(sorted(autoencoder.scales)),
-            "parameters": sum(p.numel() for p in autoencoder.parameters()),
-            "cells per latent cell": f"{autoencoder.compression}³",
-            "latent channels": autoencoder.latent_channels,
-            "compression of numbers": f"{ratio:g}×",
-            "head": type(autoencoder.head).__name__,
-        }
-    dynamics, autoencoder = load_dynamics(path)
-    total = sum(p.numel() for p in dynamics.parameters())
-    return about | {
-        "families": ", ".join(f"{name} (Δt = {dt:g} s)" for name, dt in sorted(dynamics.intervals.items())),
-        "parameters total": total,
-        "parameters active per token": total - _idle(dynamics),
-        "router": type(dynamics.transformer.routers()[0]).__name__,
-        "experts per layer": dynamics.transformer.routers()[0].num_experts,
-        "layers": len(dynamics.transformer.routers()),
-        "autoencoder parameters": sum(p.numel() for p in autoencoder.parameters()),
+        return about | _autoencoder(load_autoencoder(path))
+    return about | _dynamics(*load_dynamics(path))
+
+
+def _autoencoder(autoencoder: Autoencoder) -> dict[str, Any]:
+    ratio = 3 * autoencoder.compression**3 / autoencoder.latent_channels
+    costs = {family: _snapshot(autoencoder, family) for family in sorted(autoencoder.scales)}
+    return {
+        "families": ", ".join(sorted(autoencoder.scales)),
         "cells per latent cell": f"{autoencoder.compression}³",
+        "latent channels": autoencoder.latent_channels,
+        "compression of numbers": f"{ratio:g}×",
+        "head": type(autoencoder.head).__name__,
+        "parameters": {
+            "stored": _parameters(autoencoder),
+            "encoder": _parameters(autoencoder.encoder),
+            "decoder": _parameters(autoencoder.decoder),
+        },
+        "FLOPs per snapshot": _together(costs),
     }
 
 
-def _idle(dynamics: Any) -> int:
-    """Parameters of routed experts that a token does not visit."""
-    idle = 0
-    for block in dynamics.transformer.blocks:
-        moe = block.feed_forward
-        experts = sum(p.numel() for p in moe.experts.parameters())
-        idle += experts * (moe.router.num_experts - moe.router.top_k) // moe.router.num_experts
-    return idle
+def _snapshot(autoencoder: Autoencoder, family: str) -> dict[str, Any]:
+    cost = count_autoencoder(autoencoder, family)
+    return {
+        "grid": " × ".join(map(str, autoencoder.scale(family).grid.shape)),
+        "encode": Amount(cost.encode, "FLOP"),
+        "decode": Amount(cost.decode + cost.head, "FLOP"),
+        "of which head, empty box": Amount(cost.head, "FLOP"),
+    }
+
+
+def _dynamics(dynamics: Dynamics, autoencoder: Autoencoder) -> dict[str, Any]:
+    transformer = dynamics.transformer
+    router = transformer.routers()[0]
+    shapes = {name: autoencoder.latent_shape(autoencoder.scale(name).grid) for name in sorted(dynamics.intervals)}
+    costs = {shape: count(transformer, shape) for shape in set(shapes.values())}
+    any_cost = next(iter(costs.values()))
+    stored, active, buffers = any_cost.stored, any_cost.active, any_cost.routing_buffers
+    temperatures = [
+        p.exp().item() for name, p in transformer.named_parameters() if name.endswith("router.log_temperature")
+    ]
+    return {
+        "families": ", ".join(f"{name} (Δt = {dt:g} s)" for name, dt in sorted(dynamics.intervals.items())),
+        "cells per latent cell": f"{autoencoder.compression}³",
+        "layers": len(transformer.blocks),
+        "mixer": "Fourier modes" if transformer.blocks[0].fourier is not None else "attention",
+        "router": type(router).__name__,
+        "routing": "once per function for all layers" if transformer.router is not None else _decision(router),
+        **({"router temperature": _span(temperatures)} if temperatures else {}),
+        "experts per layer": router.num_experts,
+        "experts per token": router.top_k,
+        "parameters": {
+            "stored": Amount(stored.total),
+            **{name: Amount(value) for name, value in _named(stored).items()},
+            "always on": Amount(stored.always_on),
+            "routing, beside parameters": Amount(buffers),
+            "routed experts of a token": Amount(active.experts),
+            "active per token": Amount(active.total),
+            "share active [%]": round(100 * active.total / stored.total, 1),
+        },
+        "FLOPs per step": _together({name: _step(costs[shape], shape) for name, shape in shapes.items()}),
+        "autoencoder parameters": _parameters(autoencoder),
+    }
+
+
+def _decision(router: Router) -> str:
+    """What one decision of each layer's router holds for."""
+    if isinstance(router, Nested):
+        return "in each layer, groups per sample and experts per token"
+    if isinstance(router.per, str):
+        return f"in each layer per {router.per}"
+    return f"in each layer per block of {' × '.join(map(str, router.per))} latent cells"
+
+
+def _span(values: Sequence[float]) -> str:
+    low, high = (f"{value:.3g}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} … {high}"
+
+
+def _step(cost: Cost, shape: tuple[int, int, int]) -> dict[str, Any]:
+    return {
+        "latent cells": " × ".join(map(str, shape)),
+        "total": Amount(cost.flops.total, "FLOP"),
+        **{name: Amount(value, "FLOP") for name, value in _named(cost.flops).items()},
+        "running every expert would cost [×]": round(cost.every_expert / cost.flops.total, 2),
+    }
+
+
+def _named(parts: Parts) -> dict[str, int]:
+    """The parts under the names by which people know them."""
+    return {
+        "routed experts": parts.experts,
+        "shared experts": parts.shared,
+        "mixing": parts.mixing,
+        "routing": parts.routing,
+        "embedding, conditioning, head": parts.rest,
+    }
+
+
+def _parameters(model: nn.Module) -> Amount:
+    return Amount(sum(p.numel() for p in model.parameters()))
+
+
+def _together(costs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Families of one cost under one name, ``a, b``."""
+    groups: list[tuple[list[str], dict[str, Any]]] = []
+    for family, cost in costs.items():
+        same = next((families for families, other in groups if other == cost), None)
+        if same is None:
+            groups.append(([family], cost))
+        else:
+            same.append(family)
+    return {", ".join(families): cost for families, cost in groups}
+
+
+class Amount(int):
+    """A whole number that prints with three digits and a prefix, 1.23 M or 3.4 GFLOP; JSON has all of it."""
+
+    unit: str
+
+    def __new__(cls, value: int, unit: str = "") -> Amount:
+        self = super().__new__(cls, value)
+        self.unit = unit
+        return self
+
+    def __str__(self) -> str:
+        value, prefix = float(self), 0
+        while value >= 999.5:
+            value, prefix = value / 1000, prefix + 1
+        return f"{value:.3g} {['', 'k', 'M', 'G', 'T', 'P', 'E'][prefix]}{self.unit}".strip()

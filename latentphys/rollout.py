@@ -155,6 +155,8 @@ def rollout_store(
                 "start": start,
                 "stride": stride,
                 "checkpoint": checkpoint,
+                "num_experts": [router.num_experts for router in dynamics.transformer.routers()],
+                "routing": "block" if dynamics.transformer.router is None else "function",
             }
         },
         extras={

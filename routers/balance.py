@@ -1,18 +1,17 @@
-"""Even load: a bias on the selection that training moves, or an auxiliary loss.
+"""Even load without a loss: a bias on the selection that training moves.
 
-Shape suffixes: E experts.
+Shape suffixes: E experts, N numbers of any meaning.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from latentphys.routers.routing import Routing
-from latentphys.routers.telemetry import expert_counts
 
 
 @dataclass(frozen=True)
@@ -21,14 +20,15 @@ class BiasBalance:
 
         b ← b + u (s − mean(s)),    s = sign(mean(count) − count)
 
-    Called by the trainer once per optimiser step, and never in evaluation. Under activation checkpointing count in the
-    first pass only.
+    Once per optimiser step, and never in evaluation. Counts come out of the forward pass as values (`Routing.ids`), so
+    what activation checkpointing computes again in the backward pass is not counted again; and the bias has to stay as
+    it is until that pass is over, or tokens would be routed another way in it.
 
     Args:
-        rate: step u, in units of the router's scores; ≥ 0. Good values: 1e-3.
+        rate: step u, in units of the router's scores; finite, ≥ 0, and 0 for no balance. Good values: 1e-3.
 
     Raises:
-        ValueError: a negative rate.
+        ValueError: a rate that is negative or not finite.
 
     Reference: arXiv 2408.15664, Algorithm 1; without the drift of the mean, as in torchtitan.
     """
@@ -36,33 +36,33 @@ class BiasBalance:
     rate: float = 1e-3
 
     def __post_init__(self) -> None:
-        if not self.rate >= 0:
-            raise ValueError(f"Expected a balance rate ≥ 0, got {self.rate}.")
+        if not (math.isfinite(self.rate) and self.rate >= 0):
+            raise ValueError(f"Expected a finite balance rate ≥ 0, got {self.rate}.")
 
     def update(self, bias_E: Tensor, counts_E: Tensor) -> Tensor:
         """The next bias, from the tokens that each expert took in this step; both arguments stay as they are.
 
-        Counts are summed over all ranks where ``torch.distributed`` runs, so that every rank gets the same bias.
+        With several ranks the counts are those of all of them (`counts_over_ranks`), so that each gets the same bias.
         """
         if bias_E.shape != counts_E.shape:
             raise ValueError(
                 f"Expected one count per expert, {tuple(bias_E.shape)}, got {tuple(counts_E.shape)}; see expert_counts."
             )
-        counts_E = counts_E.to(torch.float64, copy=True)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(counts_E)
-        sign_E = torch.sign(counts_E.mean() - counts_E)
+        sign_E = torch.sign(counts_E.double().mean() - counts_E)
         return bias_E + self.rate * (sign_E - sign_E.mean()).to(bias_E.dtype)
 
 
-def load_loss(routing: Routing) -> Tensor:
-    """Auxiliary loss E Σ_e f_e p_e: share of the tokens times mean score, 1 where both are even, E at collapse.
+def sum_over_ranks(values_N: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks where ``torch.distributed`` runs, else a copy; FP64, without a gradient.
 
-    It does not grow with the batch, the number of tokens or k. Gradients flow through the scores only.
-
-    Reference: Switch Transformer, arXiv 2101.03961, eq. 4–6.
+    Every rank must come here, in the same order.
     """
-    counts_E = expert_counts(routing.ids, routing.num_experts)
-    fractions_E = counts_E / max(routing.ids.numel(), 1)
-    mean_scores_E = routing.scores.sum(0) / max(routing.scores.shape[0], 1)
-    return routing.num_experts * (fractions_E * mean_scores_E).sum()
+    total_N = values_N.detach().to(torch.float64, copy=True)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(total_N)
+    return total_N
+
+
+def counts_over_ranks(counts: Sequence[Tensor]) -> list[Tensor]:
+    """Tokens per expert of every router, summed over all ranks in one all-reduce."""
+    return list(sum_over_ranks(torch.cat(list(counts))).split([len(counts_E) for counts_E in counts]))

@@ -5,12 +5,15 @@ Shape suffixes: T tokens, k experts per token, N = T·k rows, D model width, E e
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from latentphys.routers.experts import Experts
+from latentphys.routers.order import ExpertOrder, sum_slots
+from latentphys.routers.parallel import run_across_ranks
 
 BACKENDS = ("auto", "grouped", "loop", "dense_static")
 
@@ -32,13 +35,15 @@ def dispatch(x_TD: Tensor, ids_Tk: Tensor, weights_Tk: Tensor, experts: Experts,
         backend: ``grouped`` sorts the tokens by expert and runs one grouped matmul per weight, in FP32 or 16 bits.
             ``loop`` runs the experts one after the other in any precision; it is the reference. ``dense_static`` runs
             every expert on every token, E/k times the work, and its graph is static. ``auto`` is dense_static in an
-            export or trace, loop in FP64, else grouped.
+            export or trace, loop in FP64, else grouped. Experts that are spread over ranks (`experts.group`) run
+            grouped or as a loop on the rank that holds them.
 
     Returns:
         the combined outputs, ``(T, D)``, in the dtype in which the experts ran.
 
     Raises:
-        ValueError: an unknown backend, shapes that do not match, or FP64 tokens for ``grouped``.
+        ValueError: an unknown backend, shapes that do not match, FP64 tokens for ``grouped``, or
+            ``dense_static`` for experts that are spread over ranks.
     """
     check_backend(backend)
     if x_TD.ndim != 2 or x_TD.shape[1] != experts.dim:
@@ -53,55 +58,35 @@ def dispatch(x_TD: Tensor, ids_Tk: Tensor, weights_Tk: Tensor, experts: Experts,
             backend = "dense_static"
         else:
             backend = "loop" if x_TD.dtype == torch.float64 else "grouped"
+    if backend == "grouped" and x_TD.dtype == torch.float64:
+        raise ValueError("Expected FP32 or a 16-bit type for dispatch 'grouped', got FP64; use 'loop' or 'auto'.")
+    if experts.group is not None:
+        return _across_ranks(x_TD, ids_Tk, weights_Tk, experts, backend)
     if backend == "grouped":
-        return _grouped(x_TD, ids_Tk, weights_Tk, experts)
+        return _sorted(x_TD, ids_Tk, weights_Tk, experts.num_experts, experts)
     if backend == "loop":
         return _loop(x_TD, ids_Tk, weights_Tk, experts)
     return _dense_static(x_TD, ids_Tk, weights_Tk, experts)
 
 
-def _grouped(x_TD: Tensor, ids_Tk: Tensor, weights_Tk: Tensor, experts: Experts) -> Tensor:
-    if x_TD.dtype == torch.float64:
-        raise ValueError("Expected FP32 or a 16-bit type for dispatch 'grouped', got FP64; use 'loop' or 'auto'.")
-    ids_N = ids_Tk.flatten()
-    order_N = ids_N.argsort(stable=True)
-    # searchsorted rather than bincount, which makes a GPU wait for the host.
-    all_E = torch.arange(experts.num_experts, device=ids_N.device)
-    ends_E = torch.searchsorted(ids_N[order_N], all_E, right=True, out_int32=True)
-    rank_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
+def _across_ranks(x_TD: Tensor, ids_Tk: Tensor, weights_Tk: Tensor, experts: Experts, backend: str) -> Tensor:
+    if backend == "dense_static":
+        raise ValueError(
+            "Expected 'grouped' or 'loop' for experts that are spread over ranks, got 'dense_static'; "
+            "load the checkpoint into a model on one process to export it."
+        )
+    run = partial(run_across_ranks, experts=experts, one_by_one=backend == "loop")
+    return _sorted(x_TD, ids_Tk, weights_Tk, experts.num_experts, run)
+
+
+def _sorted(
+    x_TD: Tensor, ids_Tk: Tensor, weights_Tk: Tensor, num_experts: int, run: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """What `run` makes of rows sorted by expert, given these and ``ends_E``, combined in the order of the tokens."""
     k = ids_Tk.shape[1]
-    y_ND = experts(_ToExperts.apply(x_TD, order_N, rank_N, k), ends_E)
-    y_TkD = _FromExperts.apply(y_ND, order_N, rank_N).unflatten(0, (-1, k))
-    return (y_TkD * weights_Tk[..., None]).sum(1).to(y_ND.dtype)
-
-
-class _ToExperts(torch.autograd.Function):
-    """Rows in expert order. The gradient is a gather as well: no atomics, so the same bits each time, and dense."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, order_N: Tensor, rank_N: Tensor, k: int) -> Tensor:
-        ctx.save_for_backward(rank_N)
-        ctx.k = k
-        return x_TD[order_N // k]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (rank_N,) = ctx.saved_tensors
-        return grads[0][rank_N].unflatten(0, (-1, ctx.k)).sum(1), None, None, None
-
-
-class _FromExperts(torch.autograd.Function):
-    """Rows back in token order; the gradient is the inverse gather."""
-
-    @staticmethod
-    def forward(ctx: Any, y_ND: Tensor, order_N: Tensor, rank_N: Tensor) -> Tensor:
-        ctx.save_for_backward(order_N)
-        return y_ND[rank_N]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (order_N,) = ctx.saved_tensors
-        return grads[0][order_N], None, None
+    order = ExpertOrder.of(ids_Tk.flatten(), num_experts)
+    y_ND = run(order.sort(x_TD, k), order.ends_E)
+    return sum_slots(order.restore(y_ND) * weights_Tk.reshape(-1, 1), k).to(y_ND.dtype)
 
 
 def _loop(x_TD: Tensor, ids_Tk: Tensor, weights_Tk: Tensor, experts: Experts) -> Tensor:

@@ -8,10 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.tensor import DTensor
 
 ROW_MULTIPLE = 8
 """Widths are multiples of this, so that a row of 16-bit numbers is a multiple of 16 bytes, as grouped matmul needs."""
@@ -29,8 +35,31 @@ def check_width(name: str, width: int) -> None:
 
 def _swiglu(hidden: Tensor) -> Tensor:
     """silu(gate) · up, of a last axis that holds gate and up side by side."""
+    if hidden.requires_grad and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        return _SwiGLU.apply(hidden)
     gate, up = hidden.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+class _SwiGLU(torch.autograd.Function):
+    """The same, with a gradient that is written in place: autograd would keep silu(gate), and join two halves."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden)
+        gate, up = hidden.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (hidden,) = ctx.saved_tensors
+        gate, up = hidden.chunk(2, dim=-1)
+        result = torch.empty_like(hidden)
+        grad_gate, grad_up = result.chunk(2, dim=-1)
+        torch.mul(grad, F.silu(gate), out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        return result
 
 
 def _gelu(hidden: Tensor) -> Tensor:
@@ -75,6 +104,9 @@ class FeedForward(nn.Module):
 class Experts(nn.Module):
     """E feed-forwards, in the two forms that `dispatch` needs: grouped, and one by one.
 
+    `latentphys.training.sharding` may spread them over the ranks of a process `group`. Each rank then holds L = E/P of
+    them, one slice of the stacked weights, and takes rows and counts for these alone; see `run_across_ranks`.
+
     Args:
         num_experts: number of experts E, ≥ 1.
         dim: model width D, a multiple of 8.
@@ -95,11 +127,11 @@ class Experts(nn.Module):
         self.activate, factor = activation_of(activation)
         self.w_in_EDG = nn.Parameter(_init(torch.empty(num_experts, dim, factor * hidden), dim))
         self.w_out_EFD = nn.Parameter(_init(torch.empty(num_experts, hidden, dim), hidden))
+        self.group: ProcessGroup | None = None
 
     def forward(self, x_ND: Tensor, ends_E: Tensor) -> Tensor:
         """Grouped: expert e takes rows ends[e−1]…ends[e]−1 of ``x``; ``ends`` is int32 and ends[−1] = N."""
-        w_in_EDG: Tensor = self.w_in_EDG
-        w_out_EFD: Tensor = self.w_out_EFD
+        w_in_EDG, w_out_EFD = self.weights()
         if torch.is_autocast_enabled(x_ND.device.type):
             # Autocast does not know grouped matmul: without this it runs in FP32.
             dtype = torch.get_autocast_dtype(x_ND.device.type)
@@ -108,9 +140,22 @@ class Experts(nn.Module):
         hidden_NG = grouped_mm(x_ND, w_in_EDG, offs=ends_E)
         return grouped_mm(self.activate(hidden_NG), w_out_EFD, offs=ends_E)
 
+    def each(self, x_ND: Tensor, ends_E: Tensor) -> Tensor:
+        """The same, one expert after the other and in any precision; waits for the device to read ``ends``."""
+        starts_E = torch.cat([ends_E.new_zeros(1), ends_E[:-1]])
+        rows = x_ND.split((ends_E - starts_E).tolist())
+        return torch.cat([self.one(x, expert) for expert, x in enumerate(rows)])
+
     def one(self, x_ND: Tensor, expert: int) -> Tensor:
         """Every row through one expert."""
-        return self.activate(x_ND @ self.w_in_EDG[expert]) @ self.w_out_EFD[expert]
+        w_in_EDG, w_out_EFD = self.weights()
+        return self.activate(x_ND @ w_in_EDG[expert]) @ w_out_EFD[expert]
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """The weights of the experts that this rank holds."""
+        if self.group is None:
+            return self.w_in_EDG, self.w_out_EFD
+        return cast("DTensor", self.w_in_EDG).to_local(), cast("DTensor", self.w_out_EFD).to_local()
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, dim={self.dim}, hidden={self.hidden}, activation={self.activation}"

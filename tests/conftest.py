@@ -34,10 +34,18 @@ def seed() -> None:
 
 @pytest.fixture(scope="session")
 def road(tmp_path_factory: pytest.TempPathFactory) -> "Road":
-    """Both families simulated, compressed and advanced on 16³ cells; read-only."""
+    """Two families simulated, compressed and advanced on 16³ cells; read-only."""
     from small import build_road  # not above: the shapes of what it imports must be checked
 
     return build_road(tmp_path_factory.mktemp("road"))
+
+
+@pytest.fixture(scope="session")
+def flat_road(tmp_path_factory: pytest.TempPathFactory) -> "Road":
+    """Two families of two dimensions, likewise; read-only."""
+    from small import FLAT, build_road
+
+    return build_road(tmp_path_factory.mktemp("flat_road"), FLAT)
 
 
 @pytest.fixture

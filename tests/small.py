@@ -1,22 +1,30 @@
-"""The whole road on 16³ cells, in seconds: stores of both families, a trained autoencoder, its latents, a trained
+"""The whole road on 16³ or 16² cells, in seconds: stores of two families, a trained autoencoder, its latents, a trained
 dynamics model. What it learns is worthless; what it does to a flow must hold for any weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from latentphys.configuration import compose
 from latentphys.data import Store, open_store
-from latentphys.families import OpenChannel, Porous, simulate
+from latentphys.families import MHD, Convection, Family, OpenChannel, Porous, simulate
 from latentphys.training import encode_store, load_autoencoder, train_autoencoder, train_dynamics
 
 SHAPE = (16, 16, 16)
 NUM_TRAJECTORIES, NUM_FRAMES = 4, 6
-FAMILIES = {"open_channel": OpenChannel(spin_up=0.01), "porous": Porous(spin_up=0.01)}
+FAMILIES: dict[str, tuple[Family, tuple[int, int, int]]] = {
+    "open_channel": (OpenChannel(spin_up=0.01), SHAPE),
+    "porous": (Porous(spin_up=0.01), SHAPE),
+}
+FLAT: dict[str, tuple[Family, tuple[int, int, int]]] = {
+    "mhd": (MHD(spin_up=0.01), (16, 16, 1)),
+    "convection": (Convection(spin_up=0.5), (16, 1, 16)),
+}
+"""Two families on boxes of two dimensions, each with another thin axis."""
 
 MODEL = {
     "autoencoder": [
@@ -71,12 +79,12 @@ def train(kind: str, stores: Sequence[Path], run: Path, *overrides: str) -> Path
     return run_training(configuration(kind, stores, run, *overrides))
 
 
-def build_road(folder: Path) -> Road:
-    fields = {name: folder / f"{name}.zarr" for name in FAMILIES}
-    for name, family in FAMILIES.items():
-        simulate(family, fields[name], shape=SHAPE, num_trajectories=NUM_TRAJECTORIES, num_frames=NUM_FRAMES)
+def build_road(folder: Path, families: Mapping[str, tuple[Family, tuple[int, int, int]]] = FAMILIES) -> Road:
+    fields = {name: folder / f"{name}.zarr" for name in families}
+    for name, (family, shape) in families.items():
+        simulate(family, fields[name], shape=shape, num_trajectories=NUM_TRAJECTORIES, num_frames=NUM_FRAMES)
     autoencoder = train("autoencoder", list(fields.values()), folder / "autoencoder")
-    latents = {name: folder / f"{name}.latent.zarr" for name in FAMILIES}
+    latents = {name: folder / f"{name}.latent.zarr" for name in families}
     model = load_autoencoder(autoencoder)
     for name, path in latents.items():
         encode_store(model, open_store(fields[name]), path, checkpoint=str(autoencoder))

@@ -10,11 +10,13 @@ import foreign
 import numpy as np
 import pytest
 import zarr
-from small import Road, arguments
+from small import Road, arguments, train
 
+from latentphys.accounting import count, count_autoencoder
 from latentphys.cli import main
 from latentphys.data import open_store
 from latentphys.info import describe
+from latentphys.training import load_dynamics
 
 VERBS = ("simulate", "import", "export-data", "train", "encode", "rollout", "validate", "render", "info", "demo")
 TINY = ["size=tiny", "grid.shape=[8,8,8]", "frames=2", "family.spin_up=0.0"]
@@ -173,8 +175,66 @@ def test_info(road: Road, rolled: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert channel["parameters"]["viscosity"] == "0.005556 … 0.005556 m2/s, one a trajectory"
     assert channel["snapshots"] == "6, t = 0 … 0.06 s, every 0.012 s"
     assert describe(road.fields["porous"])["solids"].startswith("voxels, 0.")
+
+
+def test_info_says_what_is_counted(road: Road, capsys: pytest.CaptureFixture[str]) -> None:
+    dynamics, autoencoder = load_dynamics(road.dynamics)
+    cost = count(dynamics, (4, 4, 4))
+    about = describe(road.dynamics)
+    parameters, flops = about["parameters"], about["FLOPs per step"]["open_channel, porous"]
     # three of four routed experts of each layer, 3 · 32 · 32 numbers each, are idle
-    assert described["parameters total"] - described["parameters active per token"] == 2 * 3 * 3 * 32 * 32
+    assert parameters["stored"] - parameters["active per token"] == 2 * 3 * 3 * 32 * 32
+    assert parameters["stored"] == cost.stored.total == sum(p.numel() for p in dynamics.parameters())
+    assert parameters["active per token"] == cost.active.total
+    assert parameters["routed experts"] == 4 * parameters["routed experts of a token"] == cost.stored.experts
+    assert parameters["always on"] == cost.stored.always_on and parameters["routing"] == cost.stored.routing
+    assert flops["latent cells"] == "4 × 4 × 4" and flops["total"] == cost.flops.total
+    assert flops["routed experts"] == cost.flops.experts and flops["routing"] == cost.flops.routing
+    assert flops["running every expert would cost [×]"] == round(cost.every_expert / cost.flops.total, 2) > 1.2
+    assert about["experts per token"] == 1 and about["routing"] == "in each layer per token"
+    assert about["mixer"] == "attention"
+    assert float(about["router temperature"].split()[0]) == pytest.approx(0.2, abs=0.01)
+
+    snapshots = describe(road.autoencoder)["FLOPs per snapshot"]
+    for family in ("open_channel", "porous"):  # their heads cost differently, between walls and in a periodic box
+        part = count_autoencoder(autoencoder, family)
+        assert snapshots[family]["encode"] == part.encode and snapshots[family]["decode"] == part.decode + part.head
+    assert sum(p.numel() for p in autoencoder.parameters()) == about["autoencoder parameters"]
+
+    capsys.readouterr()
+    assert main(["info", str(road.dynamics)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert f"    total                                {flops['total']}" in printed
+    assert str(flops["total"]).endswith(" MFLOP") and str(parameters["stored"]).endswith(" k")
+
+
+ROUTINGS: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "function": (
+        ["experiment=mono", "router.num_experts=4"],
+        {"router": "TreeRouter", "routing": "once per function for all layers", "experts per token": 1, "layers": 2},
+    ),
+    "nested": (
+        ["router=nested", "router.num_experts=6", "router.num_groups=3", "router.top_groups=2", "router.top_k=1"],
+        {"routing": "in each layer, groups per sample and experts per token", "experts per token": 2},
+    ),
+    "block": (
+        ["router=top1", "router.num_experts=4", "router.per=[2,2,1]", "dynamics.mixer=fourier"],
+        {"routing": "in each layer per block of 2 × 2 × 1 latent cells", "mixer": "Fourier modes"},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ROUTINGS)
+def test_info_of_other_routings(kind: str, road: Road, tmp_path: Path) -> None:
+    overrides, expected = ROUTINGS[kind]
+    run = train("dynamics", list(road.latents.values()), tmp_path / "run", *overrides, "trainer.num_steps=1")
+    about = describe(run)
+    assert expected.items() <= about.items()
+    idle = 2 * (about["experts per layer"] - about["experts per token"])
+    weights = about["parameters"]["routed experts"] // (2 * about["experts per layer"])
+    assert about["parameters"]["stored"] - about["parameters"]["active per token"] == idle * weights > 0
+    assert ("router temperature" in about) == (kind == "block")
+    assert about["FLOPs per step"]["open_channel, porous"]["routing"] > 0
 
 
 def test_missing_and_foreign_stores(road: Road, refusal: Refusal, tmp_path: Path) -> None:

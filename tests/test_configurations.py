@@ -74,11 +74,21 @@ def test_trainers(name: str) -> None:
     assert trainer.mixed_precision is None
 
 
+@pytest.mark.parametrize("kind", ["road", "flat_road"])
 @pytest.mark.parametrize("name", choices("experiment"))
-def test_experiments_train(road: Road, tmp_path: Path, name: str) -> None:
-    settings = [f"experiment={name}", "trainer.num_steps=1", "dynamics_training.unroll=2"]
+def test_experiments_train(request: pytest.FixtureRequest, tmp_path: Path, name: str, kind: str) -> None:
+    """All from one trainer, on latents of boxes of three dimensions and of two."""
+    road: Road = request.getfixturevalue(kind)
+    settings = [f"experiment={name}", "trainer.num_steps=2", "dynamics_training.unroll=2"]
     dynamics, _ = load_dynamics(train("dynamics", road.inputs("dynamics"), tmp_path / "run", *settings))
-    routers = {"dense": ("DenseRouter", 1), "random": ("RandomRouter", 4), "shodh_moe": ("SemanticTop1", 4)}
+    routers = {
+        "dense": ("DenseRouter", 1),
+        "mono": ("TreeRouter", 4),
+        "moe_pot": ("TopK", 16),
+        "nestor": ("Nested", 36),
+        "random": ("RandomRouter", 4),
+        "shodh_moe": ("SemanticTop1", 4),
+    }
     router = dynamics.transformer.routers()[0]
     assert (type(router).__name__, router.num_experts) == routers[name]
     assert bool(router.bias_E.any()) == (name == "shodh_moe")
@@ -89,7 +99,7 @@ def test_experiments_train(road: Road, tmp_path: Path, name: str) -> None:
     [
         (["foo=1"], "options that train.yaml knows: Could not override 'foo'"),
         (["trainer.steps=1"], "options that train.yaml knows: Could not override 'trainer.steps'"),
-        (["router=best"], "Could not find 'router/best' Available options in 'router': dense random top1"),
+        (["router=best"], "Could not find 'router/best' Available options in 'router': dense .*top1"),
         (["run"], "Error parsing override 'run'"),
         (["trainer.num_steps=many"], "Expected a whole number for 'trainer.num_steps', got 'many'"),
         (["trainer.num_steps=1e3"], "Expected a whole number for 'trainer.num_steps', got 1000.0"),

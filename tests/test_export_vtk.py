@@ -97,6 +97,41 @@ def test_a_plane_stays_one_cell_thick(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.read("velocity", 0, 0), operators.cell_velocity(flux, grid))
 
 
+@pytest.mark.parametrize("shape", [(8, 4, 4), (8, 4, 1), (1, 4, 8)])
+def test_a_rollout_carries_the_experts_of_each_step(tmp_path: Path, shape: tuple[int, int, int]) -> None:
+    """Every cell has the expert of the latent cell that it lies in, in every layer and step."""
+    grid, patches = Grid(shape, (0.5, 0.25, 2.0)), [max(1, n // 2) for n in shape]
+    routing = np.random.default_rng(0).integers(0, 9, (2, 3, 2, *patches)).astype(np.int16)
+    routing[:, 0] = -1
+    rollout = {"checkpoint": "model", "num_experts": [9, 9]}
+    with create_store(
+        tmp_path / "in.zarr",
+        grid=grid,
+        specs={"velocity": VELOCITY},
+        family="plane",
+        num_trajectories=2,
+        times=TIMES,
+        attributes={"rollout": rollout},
+        extras={"routing": (routing.shape, "int16", ("trajectory", "time", "layer", "px", "py", "pz"))},
+    ) as out:
+        for trajectory in range(2):
+            out.write("velocity", trajectory, slice(None), torch.randn(3, 3, *shape))
+            out.write("routing", trajectory, slice(None), routing[trajectory])
+    [path] = export_vtkhdf(open_store(tmp_path / "in.zarr"), tmp_path / "one.vtkhdf", trajectory=1)
+    for step in range(3):
+        _, _, image = by_vtk(path, step)
+        data = image.GetCellData()
+        names = {data.GetArrayName(i) for i in range(data.GetNumberOfArrays())}
+        assert names == {"velocity", "expert_layer0", "expert_layer1"}
+        bounds = np.empty(6)
+        for cell in range(image.GetNumberOfCells()):
+            image.GetCellBounds(cell, bounds)
+            centre = bounds.reshape(3, 2).mean(1)
+            place = tuple(int(x) for x in centre / np.array(grid.lengths) * patches)
+            for layer in range(2):
+                assert data.GetArray(f"expert_layer{layer}").GetValue(cell) == routing[(1, step, layer, *place)]
+
+
 def test_files_are_there_when_complete_and_not_before(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

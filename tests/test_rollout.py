@@ -43,6 +43,8 @@ def test_it_is_aligned_with_its_reference(road: Road, rollouts: dict[str, Store]
         "start": START,
         "stride": 1,
         "checkpoint": "c",
+        "num_experts": [4, 4],
+        "routing": "block",
     }
     assert store.attributes["provenance"]["exact"] is True
     assert (store.family, store.grid, len(store), store.num_times) == (family, reference.grid, 2, STEPS + 1)

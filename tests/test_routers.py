@@ -1,12 +1,9 @@
 """Routers choose, weigh and stay balanced."""
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from latentphys.routers import (
     BiasBalance,
@@ -17,7 +14,6 @@ from latentphys.routers import (
     RandomRouter,
     Routing,
     SemanticTop1,
-    load_loss,
     telemetry,
 )
 from latentphys.routers.routing import Router
@@ -148,56 +144,6 @@ def test_top1_routing_of_two_families_is_not_blind() -> None:
     assert telemetry.mutual_information(joint).bits > 0.1
 
 
-def test_balance_lowers_the_overloaded_and_keeps_the_mean() -> None:
-    bias, counts = torch.zeros(4), torch.tensor([9, 1, 1, 1])
-    updated = BiasBalance(0.1).update(bias, counts)
-    torch.testing.assert_close(updated, torch.tensor([-0.15, 0.05, 0.05, 0.05]))
-    assert torch.equal(bias, torch.zeros(4)) and torch.equal(counts, torch.tensor([9, 1, 1, 1]))
-    assert torch.equal(BiasBalance(0.1).update(updated, torch.tensor([3, 3, 3, 3])), updated)
-
-
-def test_balance_evens_out_a_skewed_router() -> None:
-    tokens, _ = two_families()
-    router = SemanticTop1(16, 4)
-    before = telemetry.entropy(telemetry.expert_counts(router(tokens).ids, 4))
-    for _ in range(400):
-        router.bias_E = BiasBalance(2e-3).update(router.bias_E, telemetry.expert_counts(router(tokens).ids, 4))
-    after = telemetry.entropy(telemetry.expert_counts(router(tokens).ids, 4))
-    assert before < 1.8 and after > 1.98
-
-
-def _update_on_rank(rank: int, folder: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
-    counts = torch.tensor([[5, 0, 0], [0, 2, 3]][rank])
-    bias = BiasBalance(0.3).update(torch.zeros(3), counts)
-    (folder / f"{rank}.json").write_text(json.dumps([bias.tolist(), counts.tolist()]))
-    dist.destroy_process_group()
-
-
-def test_ranks_agree_on_the_bias(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_update_on_rank, args=(tmp_path,), nprocs=2)
-    (bias_0, counts_0), (bias_1, counts_1) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert bias_0 == bias_1 == pytest.approx([-0.4, 0.2, 0.2])
-    assert (counts_0, counts_1) == ([5, 0, 0], [0, 2, 3])
-
-
-@pytest.mark.parametrize("num_tokens", [8, 800])
-def test_load_loss_is_one_when_even_and_e_at_collapse(num_tokens: int) -> None:
-    ids = torch.arange(num_tokens)[:, None] % 4
-    even = Routing(ids, torch.ones(num_tokens, 1), torch.full((num_tokens, 4), 0.25))
-    assert float(load_loss(even)) == pytest.approx(1.0)
-    one_hot = torch.eye(4)[torch.zeros(num_tokens, dtype=torch.long)]
-    assert float(load_loss(Routing(ids * 0, torch.ones(num_tokens, 1), one_hot))) == pytest.approx(4.0)
-
-
-def test_load_loss_pushes_down_the_overloaded_expert() -> None:
-    logits = torch.zeros(6, 3, requires_grad=True)
-    ids = torch.tensor([[0], [0], [0], [0], [1], [2]])
-    load_loss(Routing(ids, torch.ones(6, 1), logits.softmax(-1))).backward()
-    assert logits.grad is not None
-    assert (logits.grad[:, 0] > 0).all() and (logits.grad[:, 1:] < 0).all()
-
-
 def test_shared_experts_see_every_token() -> None:
     layer = MoEFeedForward(16, 16, SemanticTop1(16, 4), num_shared=2, shared_hidden=24)
     assert layer.shared is not None and layer.shared.w_out.weight.shape == (16, 48)
@@ -232,10 +178,6 @@ def test_refuses_what_no_router_can_be() -> None:
         DenseRouter(16, num_experts=4)
     with pytest.raises(ValueError, match=r"Expected top_k in 1…4 \(the number of experts\), got 5"):
         _TopK(4, top_k=5)
-    with pytest.raises(ValueError, match="Expected a balance rate ≥ 0, got -1"):
-        BiasBalance(-1)
-    with pytest.raises(ValueError, match=r"Expected one count per expert, \(4,\), got \(3,\)"):
-        BiasBalance().update(torch.zeros(4), torch.zeros(3))
     with pytest.raises(ValueError, match="Expected num_shared ≥ 0, got -1"):
         MoEFeedForward(16, 16, DenseRouter(16), num_shared=-1)
 

@@ -1,6 +1,7 @@
 """Pictures: what they show is where and what the numbers are, at one scale, and nothing is blank."""
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image, ImageSequence
 
 from latentphys import operators
-from latentphys.data import create_store, open_store
+from latentphys.data import Store, create_store, open_store
 from latentphys.fields import VELOCITY, FieldSpec, State
 from latentphys.grid import Boundaries, Geometry, Grid
 from latentphys.views import flow, movie, quantities, render, routing, scene, slices
@@ -245,6 +248,112 @@ def test_exported_experts_lie_over_the_cells_they_made(tmp_path: Path) -> None:
     found = image.cell_data["expert_layer0"].reshape(state.grid.shape, order="F")
     np.testing.assert_array_equal(found, np.kron(experts(), np.ones((4, 4, 4))))
     np.testing.assert_allclose(image.cell_data["speed"], quantities.speed(state).ravel(order="F"))
+
+
+def plane_flow(thin: int) -> tuple[State, np.ndarray]:
+    """A vortex in a box one cell thick, 8 × 4 cells, and two layers of experts in 4 × 2 patches."""
+    shape, patches = [8, 4], [4, 2]
+    shape.insert(thin, 1)
+    patches.insert(thin, 1)
+    grid = Grid((shape[0], shape[1], shape[2]), (1.0, 1.0, 1.0))
+    potential = torch.zeros(3, *grid.shape, dtype=torch.float64)
+    potential[thin] = torch.rand(grid.shape)
+    ids = np.arange(8, dtype=np.int16).reshape(patches)
+    state = State({"velocity": operators.curl(potential, grid)}, Geometry(grid), 0.5)
+    return state, np.stack([ids, 7 - ids])
+
+
+@pytest.mark.parametrize("thin", [0, 1, 2])
+def test_planes_are_drawn_as_planes_with_every_patch_in_its_place(thin: int) -> None:
+    state, ids = plane_flow(thin)
+    figure = routing.routing_map(ids[0], state, num_experts=9)
+    speed, patches, _, load = figure.axes[:4]
+    first, second = (axis for axis in range(3) if axis != thin)
+    np.testing.assert_array_equal(numbers(patches).T, ids[0].take(0, thin))
+    np.testing.assert_allclose(numbers(speed).T, quantities.speed(state).take(0, thin))
+    for axes in (speed, patches):
+        assert axes.images[0].get_extent() == pytest.approx([0, 8, 0, 4])
+        assert axes.get_xlabel() == f"{'xyz'[first]} [m]"
+        assert [text.get_text() for text in axes.get_xticklabels()] == ["0", "4", "8"]
+    assert speed.get_ylabel() == f"{'xyz'[second]} [m]"
+    shown = patches.images[0].to_rgba(numbers(patches))[..., :3]
+    np.testing.assert_allclose(shown, routing.expert_colors(9)[numbers(patches)])
+    edges = [np.asarray(line.get_xydata())[0] for line in patches.lines]
+    assert [x for x, _ in edges[:3]] == [2, 4, 6] and edges[3][1] == 2 and len(edges) == 4
+    heights = [patch.get_height() for patch in load.patches if isinstance(patch, Rectangle)]
+    assert heights == pytest.approx([12.5] * 8 + [0.0])
+
+
+@pytest.mark.parametrize("thin", [0, 1, 2])
+def test_exported_planes_have_all_layers(thin: int, tmp_path: Path) -> None:
+    state, ids = plane_flow(thin)
+    routing.export_vti(tmp_path / "state.vti", state, ids)
+    image = scene.start().read(tmp_path / "state.vti")
+    repeats = [1 if axis == thin else 2 for axis in range(3)]
+    for layer in range(2):
+        found = image.cell_data[f"expert_layer{layer}"].reshape(state.grid.shape, order="F")
+        np.testing.assert_array_equal(found, np.kron(ids[layer], np.ones(repeats)))
+
+
+@pytest.fixture
+def save_plane(tmp_path: Path) -> Callable[..., Store]:
+    """A rollout of one step of a plane with two layers of eight experts, and what else its attributes say."""
+
+    def write(**said: Any) -> Store:
+        state, ids = plane_flow(2)
+        path = tmp_path / "rollout.zarr"
+        dimensions = ("trajectory", "time", "layer", "px", "py", "pz")
+        with create_store(
+            path,
+            grid=state.grid,
+            specs={"velocity": VELOCITY},
+            family="plane",
+            num_trajectories=1,
+            times=[0.0, 0.5],
+            attributes={"rollout": {"checkpoint": "model", **said}},
+            extras={"routing": ((1, 2, *ids.shape), "int16", dimensions)},
+        ) as out:
+            out.write("velocity", 0, slice(None), torch.stack([state.velocity] * 2))
+            out.write("routing", 0, slice(None), np.stack([np.full_like(ids, -1), ids]))
+        return open_store(path)
+
+    return write
+
+
+def test_render_a_rollout_of_a_plane(save_plane: Callable[..., Store], tmp_path: Path) -> None:
+    pictures = render(save_plane(), tmp_path / "out")
+    assert [p.path.name for p in pictures] == ["plane_rollout_velocity_slices.png", "plane_rollout_routing.png"]
+    assert "the expert of layer 1" in pictures[1].caption and "cut away" not in pictures[1].caption
+    assert all(pixels(p.path).std() > 5 for p in pictures)
+    image = scene.start().read(tmp_path / "out" / "plane_rollout.vti")
+    found = image.cell_data["expert_layer1"].reshape((8, 4, 1), order="F")
+    np.testing.assert_array_equal(found, np.kron(plane_flow(2)[1][1], np.ones((2, 2, 1))))
+    assert {"velocity", "expert_layer0"} <= set(image.cell_data.keys())
+
+
+@pytest.mark.parametrize(("said", "number"), [({"num_experts": [8, 12]}, 12), ({}, 8)])
+def test_the_bars_are_of_all_experts_of_the_layer(
+    save_plane: Callable[..., Store],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    said: dict[str, list[int]],
+    number: int,
+) -> None:
+    """As many as the store says its model has; of a store that does not say, up to the largest id."""
+    drawn = []
+
+    def watch(ids: np.ndarray, state: State, num_experts: int) -> Figure:
+        drawn.append(num_experts)
+        return routing.routing_map(ids, state, num_experts)
+
+    monkeypatch.setattr(sys.modules["latentphys.views.render"], "routing_map", watch)
+    render(save_plane(**said), tmp_path / "out")
+    assert drawn == [number]
+
+
+def test_damaged_routing_is_not_passed_over(save_plane: Callable[..., Store], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Expected experts 0 to 5 in layer 0 of .*, got 6 in trajectory 0, frame 1"):
+        render(save_plane(num_experts=[6, 8]), tmp_path / "out")
 
 
 def test_render_a_rollout_beside_its_reference(stores: tuple[Path, Path], tmp_path: Path) -> None:

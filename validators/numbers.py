@@ -27,6 +27,17 @@ def printed(value: float) -> str:
     return power if mantissa == "1" else f"{mantissa}\u00a0×\u00a0{power}".replace("-", "−")
 
 
+def percent(share: float, decimals: int = 0) -> str:
+    """A share 0 … 1 in per cent; 0 and 100 only where it is exactly that, up to rounding errors."""
+    if min(share, 1 - share) < 1e-12:
+        return "0" if share < 0.5 else "100"
+    smallest = 10.0**-decimals
+    least = f"{smallest:.{decimals}f}"
+    if 100 * share < smallest / 2:
+        return f"< {least}"
+    return f"> {100 - smallest:.{decimals}f}" if 100 * (1 - share) < smallest / 2 else f"{100 * share:.{decimals}f}"
+
+
 def typeset(text: str) -> str:
     """A phrase with its units, numbers, comparisons and averages as a printed page has them: <u> becomes ⟨u⟩."""
     for plain, sign in (UNITS | SIGNS | FORMULAS).items():

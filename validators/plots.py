@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import xml.etree.ElementTree as ET
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from latentphys.validators.numbers import printed
@@ -19,6 +19,10 @@ STYLES = {
     MODEL: ("#0072b2", "", 2.0),
 }
 """Colour, dash and width of each curve, bottom layer first: told apart by colour-blind readers and in grey print."""
+ORDERED = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98))
+"""Curves without a style of their own, such as layers, take these colours in their order: dark to light."""
+MOST_NAMED = 4
+"""More ordered curves are not named one by one."""
 WIDTH, HEIGHT = 460.0, 310.0
 LEFT, RIGHT, TOP, BOTTOM = 72.0, 12.0, 30.0, 46.0
 _SPAN = (HEIGHT - BOTTOM, TOP)
@@ -90,12 +94,33 @@ def svg(series: Series) -> str:
     inner.set("viewBox", f"{box['x']:g} {box['y']:g} {box['width']:g} {box['height']:g}")
     if series.name == "vrmse":
         _line(inner, x.start, y(1.0), x.end, y(1.0), stroke="#1a1a1a", dash="1.5 3")
+    styles = _styles(series.curves)
     order = list(STYLES)
     layers = sorted(series.curves, key=lambda curve: order.index(curve.label) if curve.label in STYLES else len(order))
     for curve in layers:
-        _curve(inner, x, y, series.x, curve)
-    _legend(root, series.curves)
+        _curve(inner, x, y, series.x, curve, styles[curve.label])
+    _legend(root, styles)
     return ET.tostring(root, encoding="unicode")
+
+
+def _styles(curves: Iterable[Curve]) -> dict[str, tuple[str, str, float]]:
+    """Colour, dash and width by label; a single curve that has none of its own looks like the model's."""
+    labels = [curve.label for curve in curves]
+    others = [label for label in labels if label not in STYLES]
+    if len(others) == 1:
+        return {label: STYLES.get(label, STYLES[MODEL]) for label in labels}
+    return {
+        label: STYLES.get(label) or (blend(ORDERED, others.index(label) / (len(others) - 1)), "", 1.6)
+        for label in labels
+    }
+
+
+def blend(ramp: Sequence[tuple[int, int, int]], share: float) -> str:
+    """The colour at a share 0 … 1 of the way along a ramp."""
+    place = min(max(share, 0.0), 1.0) * (len(ramp) - 1)
+    low = min(int(place), len(ramp) - 2)
+    mixed = (round(a + (place - low) * (b - a)) for a, b in zip(ramp[low], ramp[low + 1], strict=True))
+    return "#" + "".join(f"{channel:02x}" for channel in mixed)
 
 
 def _axes(series: Series) -> tuple[Axis, Axis]:
@@ -130,8 +155,10 @@ def _frame(root: ET.Element, x: Axis, y: Axis, series: Series) -> None:
     label.set("transform", f"translate(13 {(y.start + y.end) / 2:g}) rotate(-90)")
 
 
-def _curve(root: ET.Element, x: Axis, y: Axis, abscissa: tuple[float, ...], curve: Curve) -> None:
-    colour, dash, width = STYLES.get(curve.label, STYLES[MODEL])
+def _curve(
+    root: ET.Element, x: Axis, y: Axis, abscissa: tuple[float, ...], curve: Curve, style: tuple[str, str, float]
+) -> None:
+    colour, dash, width = style
     if curve.low is not None and curve.high is not None:
         upper, lower = _points(x, y, abscissa, curve.high), _points(x, y, abscissa, curve.low)
         for top, bottom in zip(upper, lower, strict=False):
@@ -158,13 +185,20 @@ def _points(
     return [piece for piece in pieces if piece]
 
 
-def _legend(root: ET.Element, curves: Iterable[Curve]) -> None:
-    left = LEFT
-    for curve in curves:
-        colour, dash, width = STYLES.get(curve.label, STYLES[MODEL])
+def _legend(root: ET.Element, styles: Mapping[str, tuple[str, str, float]]) -> None:
+    left, labels = LEFT, list(styles)
+    if len(labels) > MOST_NAMED and not STYLES.keys() & labels:
+        _text(root, left, 17, labels[0], "start")
+        left += 6 + 6.2 * len(labels[0])
+        step = min(14.0, 220.0 / len(labels))
+        for number, (colour, _, _) in enumerate(styles.values()):
+            _line(root, left + number * step, 13, left + (number + 1) * step, 13, stroke=colour, width=5)
+        _text(root, left + len(labels) * step + 6, 17, labels[-1], "start")
+        return
+    for label, (colour, dash, width) in styles.items():
         _line(root, left, 13, left + 26, 13, stroke=colour, dash=dash, width=width)
-        _text(root, left + 32, 17, curve.label, "start")
-        left += 52 + 6.2 * len(curve.label)
+        _text(root, left + 32, 17, label, "start")
+        left += 52 + 6.2 * len(label)
 
 
 def _line(

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from latentphys.validators.check import Check
-from latentphys.validators.numbers import number, printed, typeset
+from latentphys.validators.numbers import number, percent, printed, typeset
+from latentphys.validators.routing import ModelRouting
 from latentphys.validators.validation import Validation
 
 SCHEMA = "latentphys.report/1"
@@ -37,6 +38,7 @@ def write_report(
     out_dir: str | os.PathLike[str],
     pictures: Iterable[Picture] = (),
     provenance: Mapping[str, Any] | None = None,
+    routing: Sequence[ModelRouting] = (),
 ) -> Path:
     """Write ``report.html``, ``report.json`` and ``junit.xml``.
 
@@ -45,6 +47,7 @@ def write_report(
         out_dir: the folder; made where it is missing. Files of an earlier report are replaced, each at once.
         pictures: pictures to show below the curves: PNG, GIF, JPEG or SVG.
         provenance: versions, commands, seeds and the like, JSON-ready; shown last.
+        routing: what `measure_routing` returned, for a section of its own; it enters no verdict.
 
     Returns:
         the path of ``report.html``.
@@ -55,12 +58,12 @@ def write_report(
     if not validations:
         raise ValueError("Expected at least one validation to report, got none.")
     shown = [_inline(picture) for picture in pictures]
-    content = _content(validations, shown, dict(provenance or {}))
+    content = _content(validations, shown, dict(provenance or {}), routing)
     try:
         numbers = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     except (TypeError, ValueError) as error:
         raise ValueError(f"Expected provenance of texts, finite numbers, lists and dicts, got: {error}.") from error
-    page = _html(validations, shown, content)
+    page = _html(validations, shown, content, routing)
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     _write(out / "report.json", numbers.encode())
@@ -95,7 +98,10 @@ def _all_checks(validations: Sequence[Validation]) -> list[Check]:
 
 
 def _content(
-    validations: Sequence[Validation], pictures: Sequence[dict[str, str]], provenance: dict[str, Any]
+    validations: Sequence[Validation],
+    pictures: Sequence[dict[str, str]],
+    provenance: dict[str, Any],
+    routing: Sequence[ModelRouting],
 ) -> dict[str, Any]:
     """What ``report.json`` holds; ``report.schema.json`` describes it."""
     checks = _all_checks(validations)
@@ -104,6 +110,7 @@ def _content(
         "verdict": "fail" if any(check.verdict == "fail" for check in checks) else "pass",
         "checks": [{"subject": v.subject, **check.to_dict()} for v in validations for check in v.checks],
         "series": [{"subject": v.subject, "family": v.family, **s.to_dict()} for v in validations for s in v.series],
+        "routing": [model.to_dict() for model in routing],
         "pictures": [{key: picture[key] for key in ("file", "title", "caption")} for picture in pictures],
         "provenance": provenance,
     }
@@ -133,14 +140,20 @@ def _counts(checks: Sequence[Check]) -> dict[str, str]:
     return {"tests": str(len(checks)), "failures": str(failures), "errors": "0"}
 
 
-def _html(validations: Sequence[Validation], pictures: Sequence[dict[str, str]], content: dict[str, Any]) -> str:
+def _html(
+    validations: Sequence[Validation],
+    pictures: Sequence[dict[str, str]],
+    content: dict[str, Any],
+    routing: Sequence[ModelRouting],
+) -> str:
     import jinja2
     from markupsafe import Markup
 
+    from latentphys.validators.heatmap import heat_map
     from latentphys.validators.plots import svg
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters.update(printed=printed, typeset=typeset)
+    environment.filters.update(printed=printed, typeset=typeset, percent=percent)
     template = environment.from_string(resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"))
     checks = _all_checks(validations)
     sections = [
@@ -153,6 +166,14 @@ def _html(validations: Sequence[Validation], pictures: Sequence[dict[str, str]],
     ]
     return template.render(
         sections=sections,
+        routing=[
+            {
+                "model": model,
+                "load": None if model.one_expert else Markup(heat_map(model)),
+                "plots": [] if model.one_expert else [(series, Markup(svg(series))) for series in model.series()],
+            }
+            for model in routing
+        ],
         pictures=pictures,
         provenance=content["provenance"],
         judged=sum(check.verdict != "info" for check in checks),

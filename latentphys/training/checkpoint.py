@@ -2,7 +2,10 @@
 
 checkpoint.json        schema, kind, the model's configuration and everything it needs beside its weights
 model.safetensors      weights and buffers
-optimizer.safetensors  moments of the optimiser, and trainer.json its scalars; absent where training is over
+optimizer.safetensors  moments of the optimiser, by the name of the parameter; absent where training is over
+
+A checkpoint knows nothing of the number of processes that wrote it: tensors are whole, and a model that is sharded over
+any number of processes (`latentphys.training.sharding`) takes its own parts of them.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -41,8 +45,9 @@ class Checkpoint:
             ValueError: missing or damaged weights, or weights of another architecture.
         """
         tensors = read_tensors(self.path / "model.safetensors")
+        current = model.state_dict()
         try:
-            model.load_state_dict(tensors)
+            model.load_state_dict({name: _part(whole, current.get(name)) for name, whole in tensors.items()})
         except RuntimeError as error:
             first = str(error).splitlines()[-1].strip()
             raise ValueError(
@@ -80,23 +85,21 @@ def save(
 ) -> None:
     """Write a checkpoint folder; it has its name only when it is complete.
 
+    Of a sharded model, every process has to call this; rank 0 writes.
+
     Args:
         parts: writes further things into the folder, such as the autoencoder of a dynamics model.
     """
+    weights = _gather(model.state_dict())
+    moments = None if optimizer is None else _gather(_moments(model, optimizer))
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+        return
     temporary = path.with_name(f".{path.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, temporary / "model.safetensors")
-    if optimizer is not None:
-        state = optimizer.state_dict()
-        tensors = {
-            f"{index}.{name}": value.contiguous()
-            for index, values in state["state"].items()
-            for name, value in values.items()
-            if isinstance(value, Tensor)
-        }
-        save_file(tensors, temporary / "optimizer.safetensors")
-        write_json(temporary / "trainer.json", {"param_groups": state["param_groups"]})
+    save_file(weights, temporary / "model.safetensors")
+    if moments is not None:
+        save_file(moments, temporary / "optimizer.safetensors")
     if parts is not None:
         parts(temporary)
     write_json(
@@ -107,15 +110,50 @@ def save(
     os.replace(temporary, path)
 
 
-def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Load the optimiser's moments that `save` wrote."""
-    tensors = read_tensors(path / "optimizer.safetensors")
+def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Load the optimiser's moments that `save` wrote.
+
+    Raises:
+        ValueError: missing or damaged moments, or moments of parameters that the optimiser does not have.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    index = {names[parameter]: n for n, parameter in enumerate(parameters)}
     state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    groups = _read_json(path / "trainer.json").get("param_groups")
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for key, whole in read_tensors(path / "optimizer.safetensors").items():
+        name, _, moment = key.rpartition(".")
+        if name not in index:
+            raise ValueError(f"Expected moments of the optimiser's parameters in {path}, got some of {name!r}.")
+        state.setdefault(index[name], {})[moment] = _part(whole, parameters[index[name]])
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state by the names of the parameters, in one order on every rank."""
+    return {
+        f"{name}.{moment}": value
+        for name, parameter in model.named_parameters()
+        if parameter in optimizer.state
+        for moment, value in optimizer.state[parameter].items()
+    }
+
+
+def _gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors to write, on rank 0."""
+    if dist.is_available() and dist.is_initialized():
+        from latentphys.training.sharding import gather  # slow to import, and of no use to a single process
+
+        tensors = gather(tensors)
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _part(whole: Tensor, current: Tensor | None) -> Tensor:
+    """What a process keeps of a tensor: its part where the model is sharded."""
+    if current is None or not (dist.is_available() and dist.is_initialized()):
+        return whole
+    from latentphys.training.sharding import scatter_like
+
+    return scatter_like(whole, current)
 
 
 def open_checkpoint(path: str | Path, kind: str | None = None) -> Checkpoint:

@@ -43,7 +43,7 @@ def encode_store(
         )
     autoencoder.scale(store.family).check(store.grid)
     shape = autoencoder.latent_shape(store.grid)
-    sx, sy, sz = (h * autoencoder.compression for h in store.grid.spacing)
+    sx, sy, sz = (length / n for length, n in zip(store.grid.lengths, shape, strict=True))
     writer = create_store(
         out,
         grid=Grid(shape, (sx, sy, sz), store.grid.boundaries),

@@ -7,10 +7,12 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+import torch
 from torch import nn
 
 from latentphys.autoencoders import Autoencoder, FamilyScale
 from latentphys.data import Store, compute_statistics
+from latentphys.routers import load_lazily
 from latentphys.training.checkpoint import Checkpoint, open_checkpoint
 from latentphys.transformer.conditioning import NUM_GEOMETRY_CHANNELS, Conditioning
 from latentphys.transformer.dynamics import Dynamics
@@ -138,16 +140,27 @@ def new_dynamics(
     return Dynamics(transformer, conditioning, intervals, latent_channels)
 
 
-def load_dynamics(path: str | Path) -> tuple[Dynamics, Autoencoder]:
+def load_dynamics(path: str | Path, max_resident_experts: int | None = None) -> tuple[Dynamics, Autoencoder]:
     """A dynamics model and the autoencoder whose latents it advances, in evaluation mode.
 
+    Args:
+        max_resident_experts: how many routed experts each layer keeps in memory, ≥ 1: they are read from the checkpoint
+            when tokens first visit them, those visited least recently make room, and dispatch is ``loop``. For
+            inference only. Default: all are loaded.
+
     Raises:
-        ValueError: see `open_checkpoint`.
+        ValueError: see `open_checkpoint` and `LazyExperts`.
     """
     checkpoint = open_checkpoint(path, "dynamics")
     _check_classes(checkpoint.config, checkpoint.path)
     extra = checkpoint.extra
     conditioning = Conditioning.from_dict(extra["conditioning"])
-    model = new_dynamics(checkpoint.config, extra["latent_channels"], conditioning, extra["intervals"])
-    checkpoint.load_into(model)
+    arguments = checkpoint.config, extra["latent_channels"], conditioning, extra["intervals"]
+    if max_resident_experts is None:
+        model = new_dynamics(*arguments)
+        checkpoint.load_into(model)
+    else:
+        with torch.device("meta"):
+            model = new_dynamics(*arguments)
+        load_lazily(model, checkpoint.path / "model.safetensors", max_resident_experts)
     return model.eval(), load_autoencoder(checkpoint.path / "autoencoder")

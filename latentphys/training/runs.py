@@ -12,7 +12,7 @@ from torch import Tensor
 
 from latentphys.data import Store, Windows, open_store, split
 from latentphys.rollout import num_intervals
-from latentphys.routers import BiasBalance
+from latentphys.routers import AuxiliaryLosses, BiasBalance
 from latentphys.training.checkpoint import LAST, Checkpoint, open_checkpoint
 from latentphys.training.models import build, checkpoint_scales, load_autoencoder, new_autoencoder, new_dynamics
 from latentphys.training.tasks import AutoencoderTask, DynamicsTask
@@ -56,6 +56,8 @@ def train_autoencoder(config: Config) -> Path:
 
 def train_dynamics(config: Config) -> Path:
     """Train a dynamics model on latent stores, as ``train.yaml`` describes; returns the last checkpoint."""
+    settings = config["dynamics_training"]
+    balance, balance_losses = BiasBalance(settings["balance_rate"]), AuxiliaryLosses(settings["balance_losses"])
     stores = _open(config["stores"])
     for store in stores:
         if "latent" not in store.specs:
@@ -73,7 +75,6 @@ def train_dynamics(config: Config) -> Path:
     autoencoder = load_autoencoder(checkpoints[0])
     trainer: Trainer = build(config["trainer"])
     torch.manual_seed(trainer.seed)
-    settings = config["dynamics_training"]
     train, test = _split(stores, config["held_out"])
     conditioning = Conditioning.fit(sources, train)
     intervals = {store.family: _interval(store, settings) for store in stores}
@@ -97,8 +98,8 @@ def train_dynamics(config: Config) -> Path:
         open_checkpoint(checkpoints[0], "autoencoder").config,
         unroll=settings["unroll"],
         input_noise=settings["input_noise"],
-        balance=BiasBalance(settings["balance_rate"]),
-        balance_loss=settings["balance_loss"],
+        balance=balance,
+        balance_losses=balance_losses,
     )
     return trainer.fit(task, Path(config["run"]), config, config["resume"])
 

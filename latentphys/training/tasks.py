@@ -15,20 +15,31 @@ from torch import Tensor, nn
 from latentphys.autoencoders import Autoencoder, WeightedSum
 from latentphys.data import Batch, Store, Windows
 from latentphys.grid import Geometry
-from latentphys.routers import BiasBalance, Router, Routing, expert_counts, load_loss
+from latentphys.routers import (
+    AuxiliaryLosses,
+    BiasBalance,
+    Router,
+    Routing,
+    TreeRouter,
+    counts_over_ranks,
+    expert_counts,
+)
 from latentphys.training import checkpoint
 from latentphys.training.models import autoencoder_extra
+from latentphys.training.routing_log import RoutingLog, Usage
 from latentphys.transformer.conditioning import latent_geometry, store_parameters
 from latentphys.transformer.dynamics import Dynamics
 
 
 @dataclass
 class Output:
-    """What one forward pass says: the loss, figures to log, and tokens per expert of every layer."""
+    """What one forward pass says: the loss, figures to log, tokens per expert of every layer, and, in training, how the
+    experts were used."""
 
     loss: Tensor
     figures: dict[str, Tensor]
     expert_counts: list[Tensor] = field(default_factory=list)
+    usage: Usage | None = None
 
 
 class Task(nn.Module, ABC):
@@ -56,6 +67,10 @@ class Task(nn.Module, ABC):
 
     def after_step(self, output: Output) -> None:  # noqa: B027
         """Called once per optimiser step, in training only."""
+
+    def telemetry(self) -> dict[str, Any]:
+        """What a log line says beside the figures, of the steps since the line before; every process asks for it."""
+        return {}
 
 
 class AutoencoderTask(Task):
@@ -117,8 +132,8 @@ class DynamicsTask(Task):
         input_noise: size of the noise on the input latents, in units of their increments' spread: white noise, and an
             offset of each channel as a whole, which is how rollouts drift. Good values: as large as the model's own
             one-step error, 0.2…0.5.
-        balance: moves the routers' biases after every step.
-        balance_loss: weight of the auxiliary load loss. Default 0: the bias alone balances.
+        balance: moves the routers' biases after every training step.
+        balance_losses: auxiliary losses, added in training only. Default none: the bias alone balances.
         config: the model's configuration, for its checkpoint.
     """
 
@@ -136,7 +151,7 @@ class DynamicsTask(Task):
         unroll: int = 1,
         input_noise: float = 0.0,
         balance: BiasBalance | None = None,
-        balance_loss: float = 0.0,
+        balance_losses: AuxiliaryLosses | None = None,
     ) -> None:
         super().__init__()
         expected = dynamics.num_frames + unroll
@@ -149,7 +164,10 @@ class DynamicsTask(Task):
         self._autoencoder = [autoencoder]  # in a list: not a submodule, so neither trained nor synchronised
         self.train_windows, self.test_windows, self.sources = train_windows, test_windows, list(sources)
         self.config, self.autoencoder_config = config, autoencoder_config
-        self.input_noise, self.balance, self.balance_loss = input_noise, balance or BiasBalance(), balance_loss
+        self.input_noise, self.balance = input_noise, balance or BiasBalance()
+        self.balance_losses = balance_losses or AuxiliaryLosses()
+        self.routing_log = RoutingLog(len(train_windows.stores))
+        self._fit_tree()
 
     def forward(self, batch: Batch) -> Output:
         source, family = self.sources[batch.store], self.stores()[batch.store].family
@@ -167,13 +185,34 @@ class DynamicsTask(Task):
             errors.append(((step.latent - batch.values[:, k + n]) / self.dynamics.increment_std).square().mean())
         loss = torch.stack(errors).mean()
         figures = {f"{family}/latent_mse": loss.detach()}
-        if self.balance_loss:
-            loss = loss + self.balance_loss * torch.stack([load_loss(r) for layer in routings for r in layer]).mean()
-        return Output(loss, figures, _counts(routings))
+        if self.training and self.balance_losses:
+            auxiliary, parts = self.balance_losses(routings)
+            loss = loss + auxiliary.to(loss.dtype)
+            figures |= {f"{family}/balance/{name}": value for name, value in parts.items()}
+        usage = Usage.of(routings, len(batch.values), batch.store) if self.training else None
+        return Output(loss, figures, _counts(routings), usage)
 
     @property
     def compression(self) -> int:
         return self._autoencoder[0].compression
+
+    @torch.no_grad()
+    def _fit_tree(self, most: int = 1024) -> None:
+        """Fit a tree over whole functions that is new, to training windows without noise, as often as training draws
+        from each family: at most `most` windows of each on average. Every process draws, and fits, the same."""
+        tree = self.dynamics.transformer.router
+        if not isinstance(tree, TreeRouter) or tree.fitted:
+            return
+        windows, k, rows = self.train_windows, self.dynamics.num_frames, []
+        sizes = [windows.num_windows(store) for store in range(len(windows.stores))]
+        batch_size = min(64, *sizes)
+        for step in range(len(sizes) * -(-min(most, max(sizes)) // batch_size)):
+            batch = windows.sample(step, batch_size, seed=0)
+            source = self.sources[batch.store]
+            geometry = torch.cat([_latent_geometry(source, int(i), self.compression) for i in batch.trajectories])
+            condition = self._condition(source, batch, (k - 1) * windows.stride, windows.stride)
+            rows.append(self.dynamics.function_features(batch.values[:, :k], condition, geometry.to(condition)))
+        tree.fit(torch.cat(rows))
 
     def _condition(self, source: Store, batch: Batch, offset: int, stride: int) -> Tensor:
         rows = []
@@ -192,8 +231,16 @@ class DynamicsTask(Task):
         return self.dynamics.transformer.routers()
 
     def after_step(self, output: Output) -> None:
-        for router, counts in zip(self.routers(), output.expert_counts, strict=True):
-            router.bias_E.copy_(self.balance.update(router.bias_E, counts))
+        if self.balance.rate:
+            for router, counts in zip(self.routers(), counts_over_ranks(output.expert_counts), strict=True):
+                if not isinstance(router, TreeRouter):
+                    router.bias_E.copy_(self.balance.update(router.bias_E, counts))
+        if output.usage is not None:
+            self.routing_log.add(output.usage)
+
+    def telemetry(self) -> dict[str, Any]:
+        lines = self.routing_log.lines()
+        return {"routing": lines} if lines else {}
 
     def model(self) -> nn.Module:
         return self.dynamics

@@ -135,7 +135,8 @@ class Trainer:
                 done = step + 1
                 if done % self.log_every == 0 or done == self.num_steps:
                     figures = {"loss": output.loss.detach(), "gradient_norm": norm, **output.figures}
-                    log.write(step=done, lr=prepared.param_groups[0]["lr"], **_numbers(figures))
+                    rate = prepared.param_groups[0]["lr"]
+                    log.write(step=done, lr=rate, **_numbers(figures), **task.telemetry())
                     bar.update(line, figures=_short(_numbers(output.figures)))
                 if done % self.test_every == 0 or done == self.num_steps:
                     log.write(step=done, **{f"test/{k}": v for k, v in self.test(task, accelerator).items()})
@@ -187,7 +188,7 @@ class Trainer:
             return 0
         found = checkpoint.open_checkpoint(run, task.kind)
         found.load_into(task.model())
-        checkpoint.load_optimizer(found.path, optimizer)
+        checkpoint.load_optimizer(found.path, optimizer, task.model())
         return found.step
 
     @staticmethod

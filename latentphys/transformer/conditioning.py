@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from latentphys.autoencoders.layers import geometry_features, space_to_depth
+from latentphys.autoencoders.layers import extrude, geometry_features, space_to_depth
 from latentphys.data import Store
 from latentphys.grid import Geometry
 
@@ -22,7 +22,7 @@ NUM_GEOMETRY_CHANNELS = 16
 def latent_geometry(geometry: Geometry, compression: int) -> Float[Tensor, "b 16 x y z"]:
     """Share of fluid and mean wall distance in each octant of each latent cell."""
     half = compression // 2
-    return space_to_depth(F.avg_pool3d(geometry_features(geometry), half), 2)
+    return space_to_depth(F.avg_pool3d(extrude(geometry_features(geometry), compression), half), 2)
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,6 @@ class Conditioning:
 def store_parameters(store: Store, trajectory: int, time: int) -> dict[str, np.ndarray]:
     """The physical parameters of one trajectory at one snapshot."""
     return {
-        name: values[trajectory, time] if values.ndim == 3 else values[trajectory]
+        name: np.asarray(values[trajectory, time] if values.ndim == 3 else values[trajectory])
         for name, values in store.parameters.items()
     }

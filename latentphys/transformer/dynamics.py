@@ -92,9 +92,20 @@ class Dynamics(nn.Module):
         periodic: tuple[bool, bool, bool],
     ) -> Step:
         """The latent after the last of K frames; see `LatentTransformer` for the arguments."""
-        scaled = (latents - self.latent_mean) / self.latent_std
-        prediction = self.transformer(scaled, condition, geometry, periodic)
+        prediction = self.transformer(self._scaled(latents), condition, geometry, periodic)
         return Step(latents[:, -1] + prediction.increment * self.increment_std, prediction.routings)
+
+    def function_features(
+        self,
+        latents: Float[Tensor, "b k c x y z"],
+        condition: Float[Tensor, "b p"],
+        geometry: Float[Tensor, "b g x y z"],
+    ) -> Float[Tensor, "b f"]:
+        """What a router of whole functions looks at; see `LatentTransformer.function_features`."""
+        return self.transformer.function_features(self._scaled(latents), condition, geometry)
+
+    def _scaled(self, latents: Tensor) -> Tensor:
+        return (latents - self.latent_mean) / self.latent_std
 
     def to_dict(self) -> dict[str, Any]:
         """What, beside the weights, a checkpoint must know."""

@@ -9,7 +9,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from latentphys.routers import Layout, Router, Routing
+from latentphys.routers import Layout, Router, Routing, TreeRouter
 from latentphys.routers.routing import RouterFactory, build_router
 from latentphys.transformer.block import Modulation, TransformerBlock, normalise
 from latentphys.transformer.rotary import rotary
@@ -115,6 +115,11 @@ class LatentTransformer(nn.Module):
             )
             for _ in range(depth)
         )
+        if routing == "block" and any(isinstance(router, TreeRouter) for router in self.routers()):
+            raise ValueError(
+                "Expected routing = function for a TreeRouter, whose centroids are fitted to whole input functions, "
+                "got 'block'; blocks route their own tokens, which change while the model is trained."
+            )
         self.modulation = Modulation(condition_dim, dim, 2)
         self.head = nn.Linear(dim, latent_channels)
         nn.init.zeros_(self.head.weight)
@@ -161,7 +166,8 @@ class LatentTransformer(nn.Module):
         layout = Layout(int(latents.shape[0]), (px, py, pz))
         routings, decided = [], None
         if self.router is not None:
-            whole = self.router(self.function_features(latents, condition, geometry))
+            functions = Layout(layout.num_samples, (1, 1, 1))
+            whole = self.router(self.function_features(latents, condition, geometry), functions)
             decided = whole.spread(layout, layout.shape)
             routings.append(decided)
         for block in self.blocks:

@@ -52,8 +52,8 @@ def rotary(
         index = torch.arange(n, device=device)[:, None]
         if wraps:
             harmonics = [round(max(n // 2, 1) ** (j / max(pairs - 1, 1))) for j in range(pairs)]
-            # Reduced in integers, so that a whole turn is no turn at all.
-            angle = (index * torch.tensor(harmonics, device=device) % n).to(dtype) * (2 * math.pi / n)
+            # Reduced in integers, so that a whole turn is no turn at all. A list as a tensor would make a GPU wait.
+            angle = torch.cat([index * m % n for m in harmonics], dim=-1).to(dtype) * (2 * math.pi / n)
         else:
             exponents = torch.arange(pairs, device=device, dtype=dtype) / pairs
             angle = index.to(dtype) * _LONGEST**-exponents

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 from latentphys.data import Store
+from latentphys.data.routing import has_routing, num_experts, read_routing
 from latentphys.fields import FieldSpec, State
 from latentphys.sphere import Sphere
 from latentphys.views import flow, slices
@@ -68,9 +69,10 @@ def render(
 ) -> list[Picture]:
     """Draw one trajectory: volume, surfaces, stream lines around solids, slices, routing and a movie.
 
-    Of fields other than a velocity flux in three dimensions there are slices, or maps of a sphere. Besides the pictures
-    it writes the last state as VTK image data (.vti), and the movie as MP4 too where imageio-ffmpeg is installed. File
-    names begin with the family; files of the same name are replaced.
+    Of fields other than a velocity flux in three dimensions there are slices, or maps of a sphere, and the routing of
+    rollouts. Besides the pictures of a flow or of routing it writes the last state as VTK image data (.vti), with the
+    experts of all layers, and the movie as MP4 too where imageio-ffmpeg is installed. File names begin with the family;
+    files of the same name are replaced.
 
     Args:
         store: a store of fields or a rollout.
@@ -109,6 +111,13 @@ def render(
             figure.savefig(partial, bbox_inches="tight", pad_inches=0.05)
         pictures.append(Picture(path, f"{store.family}: {title}", caption))
 
+    def save_routing(layers: np.ndarray, cut: str) -> None:
+        caption = (
+            f"Left: speed |u|. Right: the expert of layer {layer} that took each latent patch in the step before{cut}. "
+            f"Bars: share of the patches; dashed: equal shares. {now}"
+        )
+        save("routing", "routing of the experts", caption, routing_map(layers[layer], last, num_experts(store)[layer]))
+
     velocity = store.specs.get("velocity")
     is_solenoidal = velocity is not None and (velocity.kind, velocity.constraint) == ("flux", "solenoidal")
     has_flow = is_solenoidal and min(store.domain.shape) > 1
@@ -118,6 +127,10 @@ def render(
             caption = f"{_said(spec)} on {everywhere}, at one scale for all times."
             save(f"{spec.name}_slices", f"{spec.name.replace('_', ' ')} over time", caption, cuts(shown, spec))
     if not has_flow:
+        if routing is not None:
+            save_routing(routing, "")
+            with _replacing(out / f"{stem}.vti") as partial:
+                export_vti(partial, last, routing)
         return pictures
 
     true = _truth(store, reference, trajectory, times)
@@ -128,12 +141,7 @@ def render(
     else:
         save("slices", f"{what} over time", cut, slices.slices(shown))
     if routing is not None:
-        caption = (
-            f"Left: speed |u|. Right: the expert of layer {layer} that took each latent patch in the step before, the "
-            f"eighth nearest to the eye cut away. Bars: share of the patches; dashed: equal shares. {now}"
-        )
-        num_experts = int(store.read("routing", trajectory, slice(None)).max()) + 1
-        save("routing", "routing of the experts", caption, routing_map(routing[layer], last, num_experts))
+        save_routing(routing, ", the eighth nearest to the eye cut away")
     save("volume", "speed", f"The speed |u|, transparent below its median, solids grey. {now}", flow.volume(last))
     if last.geometry.is_empty:
         surfaces = "Vortices: a surface of the Q-criterion that encloses 7 % of the box, coloured by the speed |u|."
@@ -214,11 +222,9 @@ def _truth(store: Store, reference: Store | None, trajectory: int, times: Sequen
 
 def _last_routing(store: Store, trajectory: int) -> Int[np.ndarray, "layer px py pz"] | None:
     """The routing of the last step; None where the model has none."""
-    try:
-        routing = store.read("routing", trajectory, store.num_times - 1).numpy()
-    except ValueError:
+    if not has_routing(store) or store.num_times < 2:
         return None
-    return None if (routing < 0).any() else routing
+    return read_routing(store, trajectory)[-1]
 
 
 @contextmanager

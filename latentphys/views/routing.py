@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from latentphys.data.routing import cell_data
 from latentphys.fields import State
 from latentphys.grid import Grid
-from latentphys.views import flow, quantities, scene
+from latentphys.views import flow, quantities, scene, slices
 
 if TYPE_CHECKING:
     import pyvista
@@ -56,6 +57,8 @@ def routing_map(
 ) -> Figure:
     """The flow beside the latent patches that make it, coloured by expert, with the load of each expert.
 
+    A box one cell thick is drawn as the plane that it is, any other in perspective with an eighth cut away.
+
     Args:
         routing: which expert took each patch of one layer, from 0. Patch (i, j, k) is the same share of the box as its
             place among the patches.
@@ -66,13 +69,18 @@ def routing_map(
         ValueError: routing that is not one whole number ≥ 0 per patch, more patches than cells, or an expert beyond
             ``num_experts``.
     """
-    from matplotlib.figure import Figure
-
     ids = _checked(routing, state.grid)
     count = int(ids.max()) + 1 if num_experts is None else num_experts
     if ids.max() >= count:
         raise ValueError(f"Expected experts below {count}, got expert {int(ids.max())}.")
     colors = expert_colors(count)
+    thin = [axis for axis, n in enumerate(state.grid.shape) if n == 1]
+    return _plane_map(ids, state, colors, thin[-1]) if thin else _box_map(ids, state, colors)
+
+
+def _box_map(ids: Int[np.ndarray, "px py pz"], state: State, colors: Float[np.ndarray, "expert 3"]) -> Figure:
+    from matplotlib.figure import Figure
+
     low, high = scene.frame(state.grid)
     width = 3.9
     height = width * float((high - low)[1] / (high - low)[0])
@@ -90,7 +98,41 @@ def routing_map(
     surface.cell_data["color"] = (255 * colors[surface.cell_data["expert"]]).round().astype(np.uint8)
     plot.add_mesh(surface, scalars="color", rgb=True, ambient=0.7, diffuse=0.35)
     scene.show(panels[0, 1], scene.snapshot(plot), state.grid)
-    _draw_load(panels[1, 1], load(ids, count), colors)
+    _draw_load(panels[1, 1], load(ids, len(colors)), colors)
+    return figure
+
+
+def _plane_map(
+    ids: Int[np.ndarray, "px py pz"], state: State, colors: Float[np.ndarray, "expert 3"], normal: int
+) -> Figure:
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+
+    grid, patches = state.grid, ids.take(0, normal)
+    across, up = (length for axis, length in enumerate(grid.lengths) if axis != normal)
+    aspect = min(2.5, max(0.25, up / across))
+    proportions: Literal["equal", "auto"] = "equal" if aspect == up / across else "auto"
+    figure = Figure(figsize=(7.6, 3.1 * aspect + 1.6), dpi=scene.DPI, layout="compressed")
+    panels = figure.subplots(2, 2, height_ratios=[3.1 * aspect, 0.75])
+
+    speed = slices.plane(state, normal).speed
+    limits = quantities.color_limits([speed.compressed()])
+    slices.draw(panels[0, 0], speed, grid, normal, scene.SPEED_COLORS, limits, proportions)
+    panels[1, 0].set_axis_off()
+    place = {"cax": panels[1, 0].inset_axes((0.1, 0.6, 0.8, 0.17)), "orientation": "horizontal"}
+    scene.color_bar(figure, None, scene.SPEED_COLORS, limits, flow.SPEED, "m/s", **place)
+
+    axes = panels[0, 1]
+    image = slices.draw(axes, patches, grid, normal, scene.SPEED_COLORS, (-0.5, len(colors) - 0.5), proportions)
+    image.set_cmap(ListedColormap(colors))
+    _, right, _, top = image.get_extent()
+    for panel in panels[0]:
+        panel.tick_params(labelbottom=True)
+        panel.set_xlabel(f"{'yxx'[normal]} [{scene.readable(max(grid.lengths), 'm')[1]}]")
+    for draw, number, length in ((axes.axvline, patches.shape[0], right), (axes.axhline, patches.shape[1], top)):
+        for place_of_edge in np.arange(1, number) * length / number:
+            draw(place_of_edge, color="white", linewidth=0.6)
+    _draw_load(panels[1, 1], load(ids, len(colors)), colors)
     return figure
 
 
@@ -98,7 +140,7 @@ def _draw_load(axes: Axes, shares: Float[np.ndarray, " expert"], colors: Float[n
     experts = np.arange(len(shares))
     axes.bar(experts, 100 * shares, color=colors, width=0.85)
     axes.axhline(100 / len(shares), color="#404040", linewidth=0.8, linestyle="--")
-    axes.set_xticks(experts[:: -(-len(experts) // 16)])
+    axes.set_xticks(experts[:: -(-len(experts) // 12)])
     axes.set_xlabel("expert")
     axes.set_ylabel("load [%]")
     axes.spines[["top", "right"]].set_visible(False)
@@ -119,15 +161,9 @@ def export_vti(path: str | Path, state: State, routing: Int[np.ndarray, "layer p
         "speed": np.linalg.norm(u, axis=0),
         "solid": quantities.solid(state.geometry).astype(np.uint8),
     }
-    for layer, ids in enumerate(() if routing is None else routing):
-        cells[f"expert_layer{layer}"] = upsample(_checked(ids, state.grid), state.grid)
+    if routing is not None:
+        cells |= cell_data([_checked(ids, state.grid) for ids in routing], state.grid)
     scene.image_data(state.grid, cells).save(path)
-
-
-def upsample(routing: Int[np.ndarray, "px py pz"], grid: Grid) -> Int[np.ndarray, "nx ny nz"]:
-    """The expert of the patch in which each cell's centre lies."""
-    places = [(2 * np.arange(n) + 1) * p // (2 * n) for n, p in zip(grid.shape, routing.shape, strict=True)]
-    return routing[np.ix_(*places)]
 
 
 def _checked(routing: Tensor | np.ndarray, grid: Grid) -> Int[np.ndarray, "px py pz"]:

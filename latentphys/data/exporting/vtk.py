@@ -19,6 +19,7 @@ from einops import rearrange
 
 from latentphys import operators
 from latentphys.data.importing.h5 import h5py
+from latentphys.data.routing import cell_data, has_routing, read_routing
 from latentphys.data.store import Store
 from latentphys.fields import FieldSpec
 
@@ -38,7 +39,8 @@ def export_vtkhdf(
 
     A flux is written as the velocity at cell centres, the mean of the two faces of each axis (`operators.
     cell_velocity`): m3/s becomes m/s. Scalars and vectors stay as they are. ``solid`` is 1 in solid voxels. Each array
-    has an attribute ``units``. The box has its low corner at the origin.
+    has an attribute ``units``. The box has its low corner at the origin. In rollouts with experts ``expert_layer0``, …
+    is the expert that took the latent cell in which a cell lies; -1 in the first frame, which no step made.
 
     Args:
         store: a store of fields or a rollout.
@@ -105,6 +107,11 @@ def _write(store: Store, trajectory: int, path: Path, progress: Callable[[int], 
             arrays[name] = cells.create_dataset(name, (num_times, *shape), store.array(name).dtype, chunks=(1, *shape))
             arrays[name].attrs["units"] = _unit(spec)
             offsets[name] = np.arange(num_times)
+        routing = read_routing(store, trajectory) if has_routing(store) else None
+        for name, ids in ({} if routing is None else cell_data(routing[0], grid)).items():
+            arrays[name] = cells.create_dataset(name, (num_times, *space), ids.dtype, chunks=(1, *space))
+            arrays[name].attrs["units"] = "1"
+            offsets[name] = np.arange(num_times)
         geometry = store.geometry(trajectory)
         if not geometry.is_empty:
             cells["solid"] = rearrange((~geometry.fluid).numpy().astype(np.uint8), "x y z -> 1 z y x")
@@ -116,6 +123,8 @@ def _write(store: Store, trajectory: int, path: Path, progress: Callable[[int], 
                     values = operators.cell_velocity(values.double(), grid).to(values.dtype)
                 pattern = "x y z -> z y x" if spec.kind == "scalar" else "c x y z -> z y x c"
                 arrays[name][time] = rearrange(values.numpy(), pattern)
+            for name, ids in ({} if routing is None else cell_data(routing[time], grid)).items():
+                arrays[name][time] = rearrange(ids, "x y z -> z y x")
             progress(1)
 
 
