@@ -97,7 +97,7 @@ def seconds(work: Callable[[], Any], device: str) -> float:
 def against(
     dense: Callable[[], Any], works: Mapping[str, Callable[[], Any]], device: str, rounds: int
 ) -> dict[str, Any]:
-    """Each work timed beside the dense layer, round after round, the first one for warming up."""
+    """Each work timed beside the dense layer, or whatever is in its place; the first round is for warming up."""
     pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
     for _ in range(rounds + 1):
         for name, work in works.items():
@@ -247,16 +247,20 @@ class Bench:
         self.compare(self.prepare(dense), {f"block_top{top_k}": self.prepare(block)}, about)
 
     def between(self) -> None:
-        """Results that compare two of the others."""
+        """64 experts, and every one of 16 on every token, each timed beside the layer of 16."""
+        few, many = self.layer(16, 1), self.layer(64, 1)
+        contestants = {
+            "all_experts_over_top1_e16": self.place(EveryExpert(few)),
+            "top1_e64_over_e16": self.prepare(many),
+        }
+        self.prepare(few)
         for way, ending in zip(self.passes, ("", "_forward_backward"), strict=True):
-            names = {
-                f"all_experts_over_top1_e16{ending}": (f"all_experts_e16_{way}", f"top1_e16_{way}"),
-                f"top1_e64_over_e16{ending}": (f"top1_e64_{way}", f"top1_e16_{way}"),
-            }
-            for name, (upper, lower) in names.items():
-                a, b = self.lines.get(f"{upper}_over_dense"), self.lines.get(f"{lower}_over_dense")
-                if a and b:
-                    self.add(name, {"value": a["value"] / b["value"]})
+            run = self.passes[way]
+            works = {name: partial(run, module, self.x_BND) for name, module in contestants.items()}
+            timed = against(partial(run, few, self.x_BND), works, self.device, self.rounds)
+            for name, figures in timed.items():
+                figures["top1_e16_ms"] = figures.pop("dense_ms")
+                self.add(f"{name}{ending}", figures)
 
 
 def cases(arguments: argparse.Namespace) -> Iterator[tuple[int, int]]:
@@ -269,11 +273,12 @@ def cases(arguments: argparse.Namespace) -> Iterator[tuple[int, int]]:
 
 def run(arguments: argparse.Namespace) -> None:
     bench = Bench(arguments)
+    if "layer" in arguments.parts and 1 in arguments.top_k and {16, 64} <= set(arguments.experts):
+        bench.between()
     for part in arguments.parts:
         for num_experts, top_k in cases(arguments):
             torch.compiler.reset()  # it compiles one function for a few sizes, and then no more
             (bench.layers if part == "layer" else bench.blocks)(num_experts, top_k)
-    bench.between()
     for name in bench.targets:
         if name in bench.lines:
             line = bench.lines[name]

@@ -8,8 +8,13 @@ trains a model of the same width, depth and number of steps on the same batches.
 make one token visit as many weights in every model; the sparse ones store 8 times that. Measured on trajectories that
 training never saw: the error of one step in latents (mean square in units of the increments' own, 1 is persistence),
 VRMSE of the decoded velocity after one step and over a rollout, and what the expert of a token tells about its family:
-the mutual information as a share of the family's entropy, and the domain purity, each the mean over layers. A result
-that is already in ``--out`` is not measured again.
+the mutual information as a share of the family's entropy, and the domain purity, each the mean over layers.
+
+Fingerprints, the load of all experts along a rollout, are taken of every trajectory: how often the family is named
+rightly with that trajectory left out, and whether porous media of a kind that training never saw (level sets of random
+fields; training sees spheres) are further from the training trajectories than held-out ones of the known kinds.
+
+What is already in ``--out`` is not simulated or trained again.
 """
 
 from __future__ import annotations
@@ -20,18 +25,25 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
 import torch
 from machine import Results, parser
 
-from latentphys.data import open_store, split
+from latentphys.autoencoders import Autoencoder
+from latentphys.cli import main as latentphys
+from latentphys.data import Store, open_store, split
 from latentphys.demo import FAMILIES, HELD_OUT, compress, latents
-from latentphys.rollout import rollout_store
+from latentphys.rollout import LatentStepper, rollout, rollout_store
 from latentphys.routers import telemetry
+from latentphys.routers.fingerprints import FingerprintClassifier, fingerprint
 from latentphys.training import load_dynamics
+from latentphys.transformer.conditioning import store_parameters
+from latentphys.transformer.dynamics import Dynamics
+from latentphys.validators import validate
 
 ROLLOUT = 8
+UNSEEN = "unseen.zarr"
+SIMULATE_UNSEEN = ["family=porous", "family/medium=field", "size=small", "trajectories=8", "frames=9", "seed=1"]
 ROUTERS: dict[str, list[str]] = {
     "dense": ["experiment=dense"],
     "top1": ["experiment=shodh_moe", "router.num_experts=8"],
@@ -70,14 +82,12 @@ def run_of(out: Path, router: str, seed: int) -> Path:
 
 def measure(router: str, seed: int, steps: int, out: Path) -> dict[str, float]:
     """Train one model, roll it out, and say how far it is from the truth and what its experts know."""
-    from latentphys.cli import main
-
     torch.set_num_threads(1)
     run = run_of(out, router, seed)
     result = run / f"result-{steps}.json"
     if result.is_file():
         return json.loads(result.read_text())
-    if main(["train", "dynamics", *overrides(router, seed, steps, out)]):
+    if latentphys(["train", "dynamics", *overrides(router, seed, steps, out)]):
         raise ValueError(f"Expected the training of {router} to succeed, got an error; see above.")
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     test = next(line for line in reversed(lines) if any(key.startswith("test/") for key in line))
@@ -100,10 +110,44 @@ def measure(router: str, seed: int, steps: int, out: Path) -> dict[str, float]:
     return figures
 
 
-def errors(rollout: Path, reference: Any) -> dict[str, float]:
-    from latentphys.validators import validate
+def tell_apart(router: str, seed: int, out: Path) -> dict[str, float]:
+    """What fingerprints say of known families, and of a medium that is not known."""
+    torch.set_num_threads(1)
+    dynamics, autoencoder = load_dynamics(run_of(out, router, seed))
+    if dynamics.transformer.routers()[0].num_experts == 1:
+        return {}
+    prints, labels, held_out = [], [], []
+    for family in FAMILIES:
+        store = open_store(out / f"{family}.zarr")
+        test = split(len(store), HELD_OUT)[1]
+        for i in range(len(store)):
+            prints.append(_fingerprint(autoencoder, dynamics, store, i))
+            labels.append(family)
+            held_out.append(i in test)
+    known, known_held_out = torch.stack(prints), torch.tensor(held_out)
+    unseen = open_store(out / UNSEEN)
+    strangers = torch.stack([_fingerprint(autoencoder, dynamics, unseen, i) for i in range(len(unseen))])
+    train = [label for label, out_of_it in zip(labels, held_out, strict=True) if not out_of_it]
+    classifier = FingerprintClassifier().fit(known[~known_held_out], train)
+    usual, strange = classifier.novelty(known[known_held_out]), classifier.novelty(strangers)
+    return {
+        "fingerprint_accuracy": FingerprintClassifier.cross_validated_accuracy(known, labels).accuracy,
+        "novelty_of_held_out": float(usual.mean()),
+        "novelty_of_unseen": float(strange.mean()),
+        "unseen_beyond_all_held_out": float((strange > usual.max()).double().mean()),
+    }
 
-    validation = validate(open_store(rollout), reference)
+
+def _fingerprint(autoencoder: Autoencoder, dynamics: Dynamics, store: Store, trajectory: int) -> torch.Tensor:
+    stepper = LatentStepper(autoencoder, dynamics, store.geometry(trajectory), store.family)
+    first = store.read("velocity", trajectory, slice(0, 1))[None]
+    frames = rollout(stepper, first, lambda n: [store_parameters(store, trajectory, n)], ROLLOUT)
+    maps = [frame.routing[0] for frame in frames if frame.routing is not None]
+    return fingerprint(torch.stack(maps), dynamics.transformer.routers()[0].num_experts)
+
+
+def errors(path: Path, reference: Store) -> dict[str, float]:
+    validation = validate(open_store(path), reference)
     return {name: validation[name].value for name in ("vrmse_1_step", "vrmse_rollout")}
 
 
@@ -131,12 +175,17 @@ def main() -> None:
     if not all((options.out / f"{family}.latent.zarr").is_dir() for family in FAMILIES):
         options.out.mkdir(parents=True, exist_ok=True)
         compress(options.out)
+    if not (options.out / UNSEEN).is_dir() and latentphys(
+        ["simulate", *SIMULATE_UNSEEN, f"out={options.out / UNSEEN}"]
+    ):
+        raise ValueError("Expected the simulation of the unseen medium to succeed, got an error; see above.")
     jobs = [(router, seed) for seed in range(options.seeds) for router in options.routers]
     with ProcessPoolExecutor(options.threads, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(measure, *job, options.steps, options.out) for job in jobs]
-        figures = {job: future.result() for job, future in zip(jobs, futures, strict=True)}
+        trained = [pool.submit(measure, *job, options.steps, options.out) for job in jobs]
+        told = [pool.submit(tell_apart, *job, options.out) for job in jobs]
+        results_of = {job: a.result() | b.result() for job, a, b in zip(jobs, trained, told, strict=True)}
     for router in options.routers:
-        values = [figures[router, seed] for seed in range(options.seeds)]
+        values = [results_of[router, seed] for seed in range(options.seeds)]
         row: dict[str, float] = {}
         for name in values[0]:
             row[name] = mean(v[name] for v in values)

@@ -107,7 +107,8 @@ def count(model: Dynamics | LatentTransformer, latent_shape: tuple[int, int, int
         raise ValueError("Expected experts in memory, got some that were left in their file; load the whole model.")
     stored = Parts(**_parameters(transformer))
     inputs = _inputs(transformer, latent_shape)
-    with _evaluation(transformer):
+    # With gradients, as in training: without them a CPU fills up the rows of experts that run side by side.
+    with _evaluation(transformer), torch.enable_grad():
         flops = Parts(
             **count_flops(
                 lambda: transformer(*inputs, (True, True, True)), _parts(transformer), ("experts", "shared", "mixing")

@@ -321,7 +321,8 @@ def parser() -> argparse.ArgumentParser:
         "overrides",
         nargs="*",
         metavar="KEY=VALUE",
-        help="Hydra overrides: stores=[…], run=DIR, router=top1|random|dense|tree, trainer.num_steps=…, experiment=…",
+        help="Hydra overrides: stores=[…], run=DIR, router=top1|topk|nested|tree|random|dense, "
+        "experiment=shodh_moe|moe_pot|nestor|mono|dense|random, dynamics=tiny|small|base, trainer.num_steps=…",
     )
 
     sub = verb(encode, "encode a store of fields into a store of latents")

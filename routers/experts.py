@@ -136,9 +136,37 @@ class Experts(nn.Module):
             # Autocast does not know grouped matmul: without this it runs in FP32.
             dtype = torch.get_autocast_dtype(x_ND.device.type)
             x_ND, w_in_EDG, w_out_EFD = x_ND.to(dtype), w_in_EDG.to(dtype), w_out_EFD.to(dtype)
+        if _runs_now_on_the_cpu(x_ND) and not torch.is_grad_enabled():
+            return self._few_at_a_time(x_ND, ends_E, w_in_EDG, w_out_EFD)
         grouped_mm = F.grouped_mm if x_ND.dtype == torch.bfloat16 else _grouped_mm
         hidden_NG = grouped_mm(x_ND, w_in_EDG, offs=ends_E)
         return grouped_mm(self.activate(hidden_NG), w_out_EFD, offs=ends_E)
+
+    def _few_at_a_time(self, x_ND: Tensor, ends_E: Tensor, w_in_EDG: Tensor, w_out_EFD: Tensor) -> Tensor:
+        """The same where values can be read for nothing and no gradient is asked for.
+
+        As many experts at a time as there are threads, rows filled up with zeros to the most that one of them has: each
+        thread then has a whole product, where threads that share small ones wait for each other, and hidden rows stay
+        in the cache. Where that would fill up more than half as many rows again, as with one busy expert, or there is
+        one thread, they run one by one.
+        """
+        ends, num_threads = ends_E.tolist(), torch.get_num_threads()
+        y_ND, starts = torch.empty_like(x_ND), [0, *ends[:-1]]
+        for first in range(0, len(ends), num_threads):
+            few = slice(first, first + num_threads)
+            bounds = list(zip(starts[few], ends[few], strict=True))
+            counts = [end - start for start, end in bounds]
+            if num_threads == 1 or max(counts) * len(counts) > 1.5 * sum(counts):
+                for expert, (start, end) in enumerate(bounds, first):
+                    y_ND[start:end] = self.activate(x_ND[start:end] @ w_in_EDG[expert]) @ w_out_EFD[expert]
+                continue
+            rows = x_ND.new_zeros(len(counts), max(counts), self.dim)
+            for row, (start, end) in zip(rows, bounds, strict=True):
+                row[: end - start] = x_ND[start:end]
+            rows = self.activate(rows @ w_in_EDG[few]) @ w_out_EFD[few]
+            for row, (start, end) in zip(rows, bounds, strict=True):
+                y_ND[start:end] = row[: end - start]
+        return y_ND
 
     def each(self, x_ND: Tensor, ends_E: Tensor) -> Tensor:
         """The same, one expert after the other and in any precision; waits for the device to read ``ends``."""
@@ -159,6 +187,12 @@ class Experts(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, dim={self.dim}, hidden={self.hidden}, activation={self.activation}"
+
+
+def _runs_now_on_the_cpu(x: Tensor) -> bool:
+    """Whether reading a value waits for nothing: neither a GPU, nor numbers that a compiler or a count leaves out."""
+    followed = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return type(x) is Tensor and x.device.type == "cpu" and not followed
 
 
 @torch.compiler.disable

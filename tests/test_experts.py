@@ -1,11 +1,15 @@
 """The SwiGLU of the experts, whose gradient is written out, against what autograd makes of its formula."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from latentphys.routers import FeedForward
+from latentphys.routers import Experts, FeedForward
 from latentphys.routers.experts import activation_of
 
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2e-2}
@@ -70,3 +74,41 @@ def test_keeps_the_hidden_values_alone() -> None:
     weights = {p.data_ptr() for p in layer.parameters()}
     stored = {t.data_ptr(): t.numel() for t in kept if t.data_ptr() not in weights}
     assert sum(stored.values()) == 5 * (8 + 32 + 16)
+
+
+@pytest.fixture(params=[1, 2, 4])
+def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("counts", [[7, 0, 13, 9, 1], [6, 7, 8, 9, 0, 0], [0, 30, 0, 0], [0, 0], [5]])
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_run_alike_with_and_without_gradients(
+    activation: str, dtype: torch.dtype, counts: list[int], num_threads: int
+) -> None:
+    """A few at a time on a CPU that needs no gradients, at the price of half as many rows again at most."""
+    torch.manual_seed(0)
+    experts = Experts(len(counts), 16, 24, activation).to(dtype)
+    x, ends = torch.randn(sum(counts), 16, dtype=dtype), torch.tensor(counts).cumsum(0).int()
+    with_gradients = experts(x, ends)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        without = experts(x, ends)
+    assert with_gradients.requires_grad and not without.requires_grad
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(without, with_gradients.detach(), rtol=tolerance, atol=tolerance)
+    needed = 2 * sum(counts) * 16 * 24 * (3 if activation == "swiglu" else 2)
+    assert needed <= counter.get_total_flops() <= (1 if num_threads == 1 else 1.5) * needed
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert experts(x, ends).dtype == torch.bfloat16
+
+
+def test_values_that_are_not_there_are_not_asked_for() -> None:
+    """Tensors without numbers, as compilers and counts use them, take the grouped product."""
+    experts = Experts(5, 16, 24).bfloat16()
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        x, ends = torch.randn(30, 16, dtype=torch.bfloat16), torch.tensor([7, 7, 20, 29, 30], dtype=torch.int32)
+        assert experts(fake.from_tensor(x), fake.from_tensor(ends)).shape == (30, 16)
