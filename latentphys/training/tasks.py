@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,8 @@ from latentphys.routers import (
     AuxiliaryLosses,
     BiasBalance,
     Router,
-    Routing,
     TreeRouter,
     counts_over_ranks,
-    expert_counts,
 )
 from latentphys.training import checkpoint
 from latentphys.training.models import autoencoder_extra
@@ -33,13 +31,16 @@ from latentphys.transformer.dynamics import Dynamics
 
 @dataclass
 class Output:
-    """What one forward pass says: the loss, figures to log, tokens per expert of every layer, and, in training, how the
-    experts were used."""
+    """What one forward pass says: the loss, figures to log, and, in training, how the experts of a choice were used."""
 
     loss: Tensor
     figures: dict[str, Tensor]
-    expert_counts: list[Tensor] = field(default_factory=list)
     usage: Usage | None = None
+
+    @property
+    def expert_counts(self) -> list[Tensor]:
+        """Tokens per expert of every layer; none where there was no choice."""
+        return [] if self.usage is None else list(self.usage.counts_LBE.sum(1))
 
 
 class Task(nn.Module, ABC):
@@ -172,7 +173,7 @@ class DynamicsTask(Task):
     def forward(self, batch: Batch) -> Output:
         source, family = self.sources[batch.store], self.stores()[batch.store].family
         window, stride, k = self.train_windows, self.train_windows.stride, self.dynamics.num_frames
-        geometry = torch.cat([_latent_geometry(source, int(i), self.compression) for i in batch.trajectories])
+        geometry = self._geometry(source, batch)
         frames = list(batch.values[:, :k].unbind(1))
         if self.training and self.input_noise:
             frames = [f + self.input_noise * self.dynamics.increment_std * _noise(f) for f in frames]
@@ -190,7 +191,7 @@ class DynamicsTask(Task):
             loss = loss + auxiliary.to(loss.dtype)
             figures |= {f"{family}/balance/{name}": value for name, value in parts.items()}
         usage = Usage.of(routings, len(batch.values), batch.store) if self.training else None
-        return Output(loss, figures, _counts(routings), usage)
+        return Output(loss, figures, usage)
 
     @property
     def compression(self) -> int:
@@ -209,10 +210,13 @@ class DynamicsTask(Task):
         for step in range(len(sizes) * -(-min(most, max(sizes)) // batch_size)):
             batch = windows.sample(step, batch_size, seed=0)
             source = self.sources[batch.store]
-            geometry = torch.cat([_latent_geometry(source, int(i), self.compression) for i in batch.trajectories])
+            geometry = self._geometry(source, batch)
             condition = self._condition(source, batch, (k - 1) * windows.stride, windows.stride)
             rows.append(self.dynamics.function_features(batch.values[:, :k], condition, geometry.to(condition)))
         tree.fit(torch.cat(rows))
+
+    def _geometry(self, source: Store, batch: Batch) -> Tensor:
+        return torch.cat([_latent_geometry(source, int(i), self.compression) for i in batch.trajectories])
 
     def _condition(self, source: Store, batch: Batch, offset: int, stride: int) -> Tensor:
         rows = []
@@ -231,12 +235,13 @@ class DynamicsTask(Task):
         return self.dynamics.transformer.routers()
 
     def after_step(self, output: Output) -> None:
+        if output.usage is None:
+            return
         if self.balance.rate:
             for router, counts in zip(self.routers(), counts_over_ranks(output.expert_counts), strict=True):
                 if not isinstance(router, TreeRouter):
                     router.bias_E.copy_(self.balance.update(router.bias_E, counts))
-        if output.usage is not None:
-            self.routing_log.add(output.usage)
+        self.routing_log.add(output.usage)
 
     def telemetry(self) -> dict[str, Any]:
         lines = self.routing_log.lines()
@@ -269,14 +274,6 @@ class DynamicsTask(Task):
 def _noise(latent: Tensor) -> Tensor:
     """Unit white noise plus a unit offset for each sample and channel."""
     return torch.randn_like(latent) + torch.randn_like(latent[..., :1, :1, :1])
-
-
-def _counts(routings: list[list[Routing]]) -> list[Tensor]:
-    """Tokens per expert of every layer, over all steps of an unrolled pass."""
-    return [
-        torch.stack([expert_counts(r.ids, r.num_experts) for r in layer]).sum(0)
-        for layer in zip(*routings, strict=True)
-    ]
 
 
 @lru_cache(maxsize=4096)
