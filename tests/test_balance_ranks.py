@@ -92,6 +92,8 @@ def on_rank(rank: int, folder: Path) -> None:
         save_file(figures(model.module, loss, steps), folder / f"{make.__name__}-{rank}.safetensors")
         shares = [telemetry.load(counts(routing)).tolist() for routing in steps[0]]
         (folder / f"{make.__name__}-{rank}.json").write_text(json.dumps(shares))
+        # Its reducer must not be the last to hold the group: that joins gloo's threads, which may wait for the GIL.
+        del model, loss, steps
     (folder / f"calls-{rank}.json").write_text(json.dumps(len(calls)))
     dist.destroy_process_group()
 
