@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from latentphys.grid import Geometry
 
@@ -79,7 +80,14 @@ class ResidualBlock(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, told of the geometry at that resolution."""
+    """The blocks of one resolution, told of the geometry at that resolution.
+
+    Attributes:
+        recompute: in training, keep no activations but those between the blocks, and work out the others again for the
+            gradient. See `latentphys.training.recompute.set_recompute`.
+    """
+
+    recompute: bool = False
 
     def __init__(self, channels: int, num_blocks: int, factor: int) -> None:
         super().__init__()
@@ -89,6 +97,7 @@ class Level(nn.Module):
 
     def forward(self, x: Tensor, features: Tensor, periodic: Periodic) -> Tensor:
         x = x + self.geometry(space_to_depth(features, self.factor))
+        again = self.recompute and self.training and torch.is_grad_enabled()
         for block in self.blocks:
-            x = block(x, periodic)
+            x = checkpoint(block, x, periodic, use_reentrant=False) if again else block(x, periodic)
         return x

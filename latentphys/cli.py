@@ -1,12 +1,13 @@
 """The command ``latentphys``: one verb for each station of the road from simulation to report.
 
-Exit status: 0 done, 1 a check failed, 2 bad input, 130 interrupted.
+Exit status: 0 done, 1 a check failed, 2 bad input, 75 preempted, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -96,7 +97,9 @@ def train(arguments: argparse.Namespace) -> int:
 
     overrides = [f"trainer={arguments.model}", *arguments.overrides]
     config = compose("train", overrides)
-    print((train_autoencoder if arguments.model == "autoencoder" else train_dynamics)(config))
+    last = (train_autoencoder if arguments.model == "autoencoder" else train_dynamics)(config)
+    if os.environ.get("RANK", "0") == "0":
+        print(last)
     return DONE
 
 
@@ -275,7 +278,7 @@ def parser() -> argparse.ArgumentParser:
         prog="latentphys",
         description="Compress 3D flows into latents whose every decode conserves mass exactly, advance them with a "
         "sparse mixture of experts, and prove what was done.",
-        epilog="Exit status: 0 done, 1 a check failed, 2 bad input.",
+        epilog="Exit status: 0 done, 1 a check failed, 2 bad input, 75 training gave up its place and is saved.",
     )
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
@@ -388,12 +391,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
     arguments = parser().parse_args(argv)
     from latentphys.pressure import ConvergenceError
+    from latentphys.training.control import PREEMPTED, Preempted
 
     try:
         return arguments.run(arguments)
     except (ValueError, FloatingPointError, ConvergenceError, OSError) as error:
         print(f"latentphys {arguments.verb}: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
+    except Preempted as error:
+        print(f"latentphys {arguments.verb}: {error}", file=sys.stderr)
+        return PREEMPTED
     except KeyboardInterrupt:
         print(f"latentphys {arguments.verb}: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 _ATEN = torch.ops.aten
 ROUTING = "routing"
@@ -33,17 +34,30 @@ def count_flops(call: Callable[[], Any], parts: Mapping[nn.Module, str], skipped
             ``rest``.
         skipped: parts whose products are counted, and not worked out: their results are zeros.
     """
-    running, handles = ["rest"], []
+    running: list[str] = ["rest"]
+    handles = []
     for module, part in parts.items():
         handles.append(module.register_forward_pre_hook(lambda *_, part=part: running.append(part)))
         handles.append(module.register_forward_hook(lambda *_: running.pop() and None))
     try:
-        with _FlopMode(running, skipped) as mode:
+        with counting(running, skipped) as flops:
             call()
     finally:
         for handle in handles:
             handle.remove()
-    return mode.flops
+    return flops
+
+
+@contextmanager
+def counting(running: Sequence[str], skipped: Collection[str] = ()) -> Iterator[Counter[str]]:
+    """FLOPs of all that runs in the block, forward and backward, each for the part that stands last at that time.
+
+    Args:
+        running: parts, the one that runs last; the caller changes it on the way.
+        skipped: see `count_flops`.
+    """
+    with _FlopMode(running, skipped) as mode:
+        yield mode.flops
 
 
 class _FlopMode(TorchDispatchMode):
@@ -78,14 +92,21 @@ def _zeros_of(func: Any, args: Any, kwargs: Any) -> Any:
     return tree_map_only(Tensor, lambda x: torch.zeros_like(x, device=device), func(*args, **kwargs))
 
 
-def _grouped(a_NK: Tensor, b_EKM: Tensor, offs: Tensor, *_: Any, **__: Any) -> int:
-    """Rows behind the last group are never multiplied."""
-    rows = a_NK.shape[0] if isinstance(offs, FakeTensor) else int(offs[-1])
-    return 2 * rows * b_EKM.shape[-2] * b_EKM.shape[-1]
+def _grouped(a: Tensor, b: Tensor, offs: Tensor, *_: Any, **__: Any) -> int:
+    """Rows (N, K) times the matrices (E, K, M) of their groups; or the products (K, N) × (N, M) of each group's rows,
+    which are the gradients of these matrices. Rows behind the last group are never multiplied."""
+    of_matrices = b.ndim == 2
+    rows = int(a.shape[-1] if of_matrices else a.shape[0]) if isinstance(offs, FakeTensor) else int(offs[-1])
+    return 2 * rows * (a.shape[0] if of_matrices else b.shape[-2]) * b.shape[-1]
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
     return sdpa_flop_count(q.shape, k.shape, v.shape)
+
+
+def _attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
+    """Five products where forward has two: the scores are worked out anew."""
+    return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
 
 
 def _times_vector(*operands: Any, out_val: Tensor, **_: Any) -> int:
@@ -109,6 +130,7 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     _ATEN._grouped_mm: _grouped,
     _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     **dict.fromkeys((_ATEN.mv, _ATEN.addmv, _ATEN.dot), _times_vector),
     **dict.fromkeys((_ATEN._fft_r2c, _ATEN._fft_c2r, _ATEN._fft_c2c), _transform),
 }

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from latentphys import info_run
 from latentphys.accounting import Cost, Parts, count, count_autoencoder
 from latentphys.autoencoders import Autoencoder
 from latentphys.data import Store, open_store
@@ -16,6 +17,7 @@ from latentphys.fields import Domain
 from latentphys.routers import Nested, Router
 from latentphys.sphere import Sphere
 from latentphys.training import load_autoencoder, load_dynamics, open_checkpoint
+from latentphys.training.checkpoint import has_checkpoints
 from latentphys.transformer.dynamics import Dynamics
 
 
@@ -28,7 +30,9 @@ def describe(path: str | Path) -> dict[str, Any]:
     folder = Path(path)
     if not folder.exists():
         raise ValueError(f"Expected a store, a checkpoint or a run directory, got {folder}, which does not exist.")
-    return _store(folder) if (folder / "zarr.json").is_file() else _checkpoint(folder)
+    if (folder / "zarr.json").is_file():
+        return _store(folder)
+    return _run(folder) if info_run.is_run(folder) else _checkpoint(folder)
 
 
 def _store(path: Path) -> dict[str, Any]:
@@ -112,6 +116,12 @@ def _parameter(store: Store, name: str) -> str:
     ]
     low, high = float(values.min()), float(values.max())
     return f"{low:.4g} … {high:.4g} {'' if unit == '1' else unit}".rstrip() + f", {per}"
+
+
+def _run(path: Path) -> dict[str, Any]:
+    """A run, and the checkpoint that it would be used with where there is one."""
+    about = info_run.describe(path)
+    return about | _checkpoint(path) if has_checkpoints(path) else about
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:

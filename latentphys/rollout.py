@@ -65,7 +65,7 @@ class LatentStepper:
         vector = self.dynamics.conditioning.vector
         condition = torch.stack([vector(a, b, self.interval) for a, b in zip(now, then, strict=True)]).to(latents)
         features = self._features.to(latents).expand(len(latents), -1, -1, -1, -1)
-        step = self.dynamics(latents, condition, features, self.geometry.grid.periodic)
+        step = self.dynamics(latents, condition, features, self.geometry.grid.periodic, self.family)
         cells = (latents.shape[-3], latents.shape[-2], latents.shape[-1])
         return Frame(step.latent, routing_map([r.ids for r in step.routings], cells))
 

@@ -7,6 +7,7 @@ G = 2F (SwiGLU, gate and up side by side) or F (GELU), E experts; K and M the in
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
@@ -151,9 +152,11 @@ class Experts(nn.Module):
         one thread, they run one by one.
         """
         ends, num_threads = ends_E.tolist(), torch.get_num_threads()
+        # Idle experts behind the last busy one do not change how the others are grouped, nor how they round.
+        ends = ends[: bisect_left(ends, ends[-1]) + 1]
         y_ND, starts = torch.empty_like(x_ND), [0, *ends[:-1]]
         for first in range(0, len(ends), num_threads):
-            few = slice(first, first + num_threads)
+            few = slice(first, min(first + num_threads, len(ends)))
             bounds = list(zip(starts[few], ends[few], strict=True))
             counts = [end - start for start, end in bounds]
             if num_threads == 1 or max(counts) * len(counts) > 1.5 * sum(counts):

@@ -13,8 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from einops import reduce, repeat
 from torch import Tensor, nn
+
+from latentphys.routers.balance import BiasBalance
 
 
 @dataclass(frozen=True)
@@ -24,10 +27,12 @@ class Layout:
     Args:
         num_samples: samples B in the batch.
         shape: cells per axis.
+        num_experts: how many experts, the first ones, these samples may choose. Default: all.
     """
 
     num_samples: int
     shape: tuple[int, int, int]
+    num_experts: int | None = None
 
     @property
     def cells(self) -> int:
@@ -71,7 +76,8 @@ class Routing:
     Args:
         ids: the chosen experts, best first, ``(T, k)`` int64 in 0…E−1.
         weights: what multiplies each chosen expert's output, ``(T, k)``; gradients reach the router through these.
-        scores: the router's probability for every expert, ``(T, E)``, rows summing to 1; FP32 (FP64 for FP64 tokens).
+        scores: the router's probability for every expert, ``(T, E)``, rows summing to 1, 0 for experts that the
+            samples may not choose; FP32 (FP64 for FP64 tokens).
         log_z: log Σ exp of the logits behind the scores, ``(T, 1)``; None where there are none.
         levels: the decisions of a router that decides in several levels, outermost first, each of its own rows, for
             balance and telemetry; empty where this routing is the only decision.
@@ -123,7 +129,7 @@ class Router(nn.Module, ABC):
             and blocks are judged by their mean token, and all their tokens take the same way.
 
     ``bias_E`` is a persistent FP32 buffer that `BiasBalance` moves to even out the load. It decides who is selected and
-    never enters a weight.
+    never enters a weight. ``num_frozen`` experts, the first ones, keep theirs: 0 unless the router is frozen.
 
     Raises:
         ValueError: counts that no router can have, or tokens that are not ``(T, D)``.
@@ -140,6 +146,7 @@ class Router(nn.Module, ABC):
         self.num_experts = num_experts
         self.top_k = top_k
         self.per = check_per(per)
+        self.num_frozen = 0
         self.register_buffer("bias_E", torch.zeros(num_experts, dtype=torch.float32))
 
     @abstractmethod
@@ -183,8 +190,34 @@ class Router(nn.Module, ABC):
 
         Weights normalised over k = 1 would be the constant 1 and the router would get no gradient.
         """
-        ids_Rk = (scores_RE.detach() + self.bias_E).topk(self.top_k, dim=-1).indices
-        return Routing(ids=ids_Rk, weights=scores_RE.gather(-1, ids_Rk), scores=scores_RE, log_z=log_z_R1)
+        bias_E = self.bias_E[: scores_RE.shape[-1]]
+        ids_Rk = (scores_RE.detach() + bias_E).topk(self.top_k, dim=-1).indices
+        weights_Rk = scores_RE.gather(-1, ids_Rk)
+        return self.of_all(Routing(ids=ids_Rk, weights=weights_Rk, scores=scores_RE, log_z=log_z_R1))
+
+    def num_choices(self, layout: Layout | None) -> int:
+        """How many experts, the first ones, the tokens may choose."""
+        return self.num_experts if layout is None or layout.num_experts is None else layout.num_experts
+
+    def of_all(self, routing: Routing) -> Routing:
+        """A routing among the first experts as one among all: the others have score 0."""
+        others = self.num_experts - routing.num_experts
+        return replace(routing, scores=F.pad(routing.scores, (0, others))) if others else routing
+
+    def freeze(self) -> None:
+        """Keep the router as it is: no gradient reaches it, and no balance moves its bias."""
+        self.requires_grad_(False)
+        self.num_frozen = self.num_experts
+
+    @torch.no_grad()
+    def even_out(self, balance: BiasBalance, counts_E: Tensor) -> None:
+        """Move the bias of the experts that are not frozen towards an even load among these.
+
+        Args:
+            counts_E: tokens that each expert took in this step, on all ranks.
+        """
+        free = slice(self.num_frozen, None)
+        self.bias_E[free] = balance.update(self.bias_E[free], counts_E[free])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         # model.bfloat16() casts buffers too, and steps of 1e-3 vanish in a bfloat16 bias.

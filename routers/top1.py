@@ -50,6 +50,6 @@ class SemanticTop1(Router):
     def route(self, rows_RD: Tensor, layout: Layout | None) -> Routing:
         dtype = rows_RD.dtype
         semantic_RS = F.normalize(rows_RD @ self.projection_SD.to(dtype).mT, dim=-1)
-        prototypes_ES = F.normalize(self.prototypes_ES.to(dtype), dim=-1)
+        prototypes_ES = F.normalize(self.prototypes_ES[: self.num_choices(layout)].to(dtype), dim=-1)
         logits_RE = semantic_RS @ prototypes_ES.mT * torch.exp(-self.log_temperature.to(dtype))
         return self.select(logits_RE.softmax(dim=-1), logits_RE.logsumexp(-1, keepdim=True))

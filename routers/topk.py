@@ -59,5 +59,6 @@ class TopK(Router):
         self.gate_ED = nn.Parameter(torch.randn(num_experts, dim) / math.sqrt(dim))
 
     def route(self, rows_RD: Tensor, layout: Layout | None) -> Routing:
-        logits_RE = rows_RD @ self.gate_ED.to(rows_RD.dtype).mT
-        return choose(logits_RE, self.bias_E, self.top_k, self.normalise)
+        num_choices = self.num_choices(layout)
+        logits_RE = rows_RD @ self.gate_ED[:num_choices].to(rows_RD.dtype).mT
+        return self.of_all(choose(logits_RE, self.bias_E[:num_choices], self.top_k, self.normalise))

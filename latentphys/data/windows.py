@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +38,19 @@ class Batch:
     def pin_memory(self) -> Batch:
         """The same windows with values that a GPU fetches by itself."""
         return replace(self, values=self.values.pin_memory())
+
+    def parts(self, number: int) -> list[Batch]:
+        """The windows divided into so many batches of equal size, which must divide them."""
+        parts = (x.chunk(number) for x in (self.values, self.trajectories, self.starts))
+        return [Batch(values, self.store, which, starts) for values, which, starts in zip(*parts, strict=True)]
+
+
+class Drawn(NamedTuple):
+    """Which windows a training step takes: store, trajectories and first snapshots."""
+
+    store: int
+    trajectories: Int64[Tensor, " batch"]
+    starts: Int64[Tensor, " batch"]
 
 
 class Windows:
@@ -137,6 +151,15 @@ class Windows:
         Raises:
             ValueError: a batch that the ranks cannot share equally or that has more windows than the store.
         """
+        drawn = self.draw(step, batch, seed, rank, world)
+        store = drawn.store
+        values = _room((batch // world, self.length, *self.stores[store].array(self.field).shape[2:]))
+        for i, start, out in zip(drawn.trajectories.tolist(), drawn.starts.tolist(), values, strict=True):
+            self.read(store, i, start, out)
+        return Batch(values, *drawn)
+
+    def draw(self, step: int, batch: int, seed: int, rank: int = 0, world: int = 1) -> Drawn:
+        """Which windows `sample` reads, without reading them."""
         if step < 0 or batch < 1 or batch % world or not 0 <= rank < world:
             raise ValueError(
                 f"Expected step ≥ 0, a batch that is a multiple of world and rank < world, "
@@ -149,10 +172,7 @@ class Windows:
         first = offset * batch + rank * share
         which, starts = np.divmod(order[first : first + share], self._num_starts(self.stores[store]))
         trajectories = [self._trajectories[store][i] for i in which]
-        values = _room((share, self.length, *self.stores[store].array(self.field).shape[2:]))
-        for i, start, out in zip(trajectories, starts, values, strict=True):
-            self.read(store, i, int(start), out)
-        return Batch(values, store, torch.tensor(trajectories), torch.from_numpy(starts))
+        return Drawn(store, torch.tensor(trajectories), torch.from_numpy(starts))
 
     def check_batch(self, batch: int) -> None:
         """Refuse a batch that has more windows than one of the stores it is drawn from, with a ValueError."""

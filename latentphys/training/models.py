@@ -8,14 +8,17 @@ from pkgutil import resolve_name
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from latentphys.autoencoders import Autoencoder, FamilyScale
 from latentphys.data import Store, compute_statistics
 from latentphys.routers import load_lazily
+from latentphys.routers.growth import grow
+from latentphys.training import lora
 from latentphys.training.checkpoint import Checkpoint, open_checkpoint
-from latentphys.transformer.conditioning import NUM_GEOMETRY_CHANNELS, Conditioning
+from latentphys.transformer.conditioning import NUM_GEOMETRY_CHANNELS, Conditioning, WidenedLinear
 from latentphys.transformer.dynamics import Dynamics
+from latentphys.transformer.model import LatentTransformer
 
 Config = Mapping[str, Any]
 
@@ -70,28 +73,34 @@ def new_autoencoder(
         ValueError: a store without face fluxes of a velocity, fluxes that are at rest or not finite, a head whose
             fluxes do not obey the velocity's constraint, or a grid that the compression does not divide.
     """
-    for store in stores:
-        if "velocity" not in store.specs:
-            raise ValueError(f"Expected a field 'velocity' in {store.path}, got {sorted(store.specs)}.")
-        if store.specs["velocity"].kind != "flux":
-            raise ValueError(
-                f"Expected face fluxes of the velocity in {store.path}, got a {store.specs['velocity'].kind} in cells; "
-                "convert the store with latentphys.data.relayout."
-            )
     model: Autoencoder = build(config, scales={})
     for store in stores:
-        model.latent_shape(store.grid)
-        wanted, head = store.specs["velocity"].constraint, model.head
-        if wanted in ("solenoidal", "irrotational") and head.constraint != wanted:
-            raise ValueError(
-                f"Expected a head for the {wanted} velocity in {store.path}, got {type(head).__name__}, whose fluxes "
-                f"have the constraint {head.constraint!r}; choose another autoencoder/head."
-            )
-    model.scales.update(_scales(stores, trajectories) if scales is None else scales)
+        check_store(model, store)
+    model.scales.update(measure_scales(stores, trajectories) if scales is None else scales)
     return model
 
 
-def _scales(stores: Sequence[Store], trajectories: Sequence[Sequence[int]] | None) -> dict[str, FamilyScale]:
+def check_store(model: Autoencoder, store: Store) -> None:
+    """Refuse fields that an autoencoder cannot take; see `new_autoencoder`."""
+    if "velocity" not in store.specs:
+        raise ValueError(f"Expected a field 'velocity' in {store.path}, got {sorted(store.specs)}.")
+    wanted, head = store.specs["velocity"], model.head
+    if wanted.kind != "flux":
+        raise ValueError(
+            f"Expected face fluxes of the velocity in {store.path}, got a {wanted.kind} in cells; "
+            "convert the store with latentphys.data.relayout."
+        )
+    model.latent_shape(store.grid)
+    if wanted.constraint in ("solenoidal", "irrotational") and head.constraint != wanted.constraint:
+        raise ValueError(
+            f"Expected a head for the {wanted.constraint} velocity in {store.path}, got {type(head).__name__}, whose "
+            f"fluxes have the constraint {head.constraint!r}; choose another autoencoder/head."
+        )
+
+
+def measure_scales(
+    stores: Sequence[Store], trajectories: Sequence[Sequence[int]] | None = None
+) -> dict[str, FamilyScale]:
     """The scale of each family, from some trajectories of its store."""
     result = {}
     for n, store in enumerate(stores):
@@ -128,20 +137,57 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
 
 
 def new_dynamics(
-    config: Config, latent_channels: int, conditioning: Conditioning, intervals: Mapping[str, float]
+    config: Config,
+    latent_channels: int,
+    conditioning: Conditioning,
+    intervals: Mapping[str, float],
+    experts: Mapping[str, int] | None = None,
 ) -> Dynamics:
-    """An untrained dynamics model."""
+    """An untrained dynamics model; see `Dynamics`."""
     transformer = build(
         config,
         latent_channels=latent_channels,
-        condition_channels=conditioning.num_channels,
+        condition_channels=conditioning.first_channels,
         geometry_channels=NUM_GEOMETRY_CHANNELS,
     )
-    return Dynamics(transformer, conditioning, intervals, latent_channels)
+    for channels in conditioning.added:
+        widen_condition(transformer, channels)
+    return Dynamics(transformer, conditioning, intervals, latent_channels, experts)
+
+
+def widen_condition(transformer: LatentTransformer, channels: int) -> None:
+    """Let a transformer take further conditioning numbers, which do nothing at first and nothing where they are zero.
+
+    Raises:
+        ValueError: a transformer whose router looks at the conditioning.
+    """
+    if transformer.router is not None:
+        raise ValueError(
+            "Expected only parameters that the model knows where routing = function, for its router looks at all of "
+            f"them, got {channels} new numbers; train a model with these parameters from the start."
+        )
+    transformer.embed_condition[0] = WidenedLinear(transformer.embed_condition[0], channels)  # type: ignore[arg-type]
+    transformer.condition_channels += channels
+
+
+def adapt(dynamics: Dynamics, adaptation: Mapping[str, Any], counts: Sequence[Tensor] | None = None) -> None:
+    """Give a plain model the weights that only fine-tuning has: it says in its checkpoints that it has them.
+
+    Args:
+        adaptation: ``{"adapt": "lora", "rank": r, "alpha": α}``, or ``{"adapt": "experts", "new_experts": n}``.
+        counts: see `grow`.
+    """
+    if adaptation["adapt"] == "lora":
+        lora.add(dynamics.transformer, adaptation["rank"], adaptation["alpha"])
+    else:
+        grow(dynamics.transformer, adaptation["new_experts"], counts)
+    dynamics.adaptation = dict(adaptation)
 
 
 def load_dynamics(path: str | Path, max_resident_experts: int | None = None) -> tuple[Dynamics, Autoencoder]:
     """A dynamics model and the autoencoder whose latents it advances, in evaluation mode.
+
+    What fine-tuning put beside the weights is merged into them: the same bits, in a plain model.
 
     Args:
         max_resident_experts: how many routed experts each layer keeps in memory, ≥ 1: they are read from the checkpoint
@@ -155,12 +201,31 @@ def load_dynamics(path: str | Path, max_resident_experts: int | None = None) -> 
     _check_classes(checkpoint.config, checkpoint.path)
     extra = checkpoint.extra
     conditioning = Conditioning.from_dict(extra["conditioning"])
-    arguments = checkpoint.config, extra["latent_channels"], conditioning, extra["intervals"]
+    experts = extra.get("experts")
+    arguments = checkpoint.config, extra["latent_channels"], conditioning, extra["intervals"], experts
+    adaptation = extra.get("adaptation")
     if max_resident_experts is None:
         model = new_dynamics(*arguments)
+        if adaptation is not None:
+            adapt(model, adaptation)
         checkpoint.load_into(model)
+        lora.merge(model)
+        model.adaptation = None
+    elif adaptation is not None:
+        raise ValueError(
+            f"Expected a plain checkpoint to read experts from, got fine-tuned weights ({adaptation['adapt']}) in "
+            f"{checkpoint.path}; write a plain one with latentphys.training.finetune.merge_checkpoint."
+        )
     else:
         with torch.device("meta"):
             model = new_dynamics(*arguments)
         load_lazily(model, checkpoint.path / "model.safetensors", max_resident_experts)
     return model.eval(), load_autoencoder(checkpoint.path / "autoencoder")
+
+
+def plain_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The transformer's configuration of a dynamics checkpoint as `load_dynamics` gives it back: with all experts."""
+    adaptation = checkpoint.extra.get("adaptation") or {}
+    router = dict(checkpoint.config["router"])
+    router["num_experts"] += adaptation.get("new_experts", 0)
+    return {**checkpoint.config, "router": router}

@@ -48,6 +48,12 @@ class Usage:
             family,
         )
 
+    @staticmethod
+    def join(usages: Sequence[Usage]) -> Usage:
+        """Of several passes of one step, which have equally many samples of one family."""
+        counts_LBE = torch.cat([usage.counts_LBE for usage in usages], dim=1)
+        return Usage(counts_LBE, torch.stack([usage.margin_L for usage in usages]).mean(0), usages[0].family)
+
 
 class RoutingLog:
     """Sums what the experts do, on the device and without waiting for it, until a log line asks.

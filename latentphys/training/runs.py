@@ -50,6 +50,7 @@ def train_autoencoder(config: Config) -> Path:
         windows,
         Windows(stores, "velocity", 1, trajectories=test),
         config["autoencoder"],
+        config["loss_weights"],
     )
     return trainer.fit(task, Path(config["run"]), config, config["resume"])
 
@@ -100,6 +101,7 @@ def train_dynamics(config: Config) -> Path:
         input_noise=settings["input_noise"],
         balance=balance,
         balance_losses=balance_losses,
+        loss_weights=config["loss_weights"],
     )
     return trainer.fit(task, Path(config["run"]), config, config["resume"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,16 @@ class Output:
     figures: dict[str, Tensor]
     usage: Usage | None = None
 
+    @staticmethod
+    def join(outputs: Sequence[Output]) -> Output:
+        """Of the passes of one step, which have equally many samples of one store."""
+        if len(outputs) == 1:
+            return outputs[0]
+        loss = torch.stack([output.loss.detach() for output in outputs]).mean()
+        figures = {name: torch.stack([o.figures[name] for o in outputs]).mean() for name in outputs[0].figures}
+        usages = [output.usage for output in outputs if output.usage is not None]
+        return Output(loss, figures, Usage.join(usages) if usages else None)
+
     @property
     def expert_counts(self) -> list[Tensor]:
         """Tokens per expert of every layer; none where there was no choice."""
@@ -48,19 +59,42 @@ class Task(nn.Module, ABC):
 
     Attributes:
         kind: of the checkpoints it writes.
+        figure: the one by which models are compared, one per family, the smaller the better.
         train_windows, test_windows: training data, and data that training never sees.
+        loss_weights: family → how much its loss counts; 1 where it is not named.
     """
 
     kind: str
+    figure: str
     train_windows: Windows
     test_windows: Windows
+    loss_weights: Mapping[str, float]
 
     def stores(self) -> list[Store]:
         return self.train_windows.stores
 
+    def score(self, figures: Mapping[str, float]) -> float:
+        """The mean over families of the figure by which models are compared."""
+        values = [value for name, value in figures.items() if name.endswith(f"/{self.figure}")]
+        return sum(values) / len(values)
+
     @abstractmethod
-    def save(self, path: Path, step: int, optimizer: torch.optim.Optimizer | None) -> None:
-        """Write a checkpoint folder."""
+    def tokens(self, batch: Batch) -> int:
+        """Latent cells that a training pass works out for a batch."""
+
+    def prefetch(self, batch: Batch) -> None:  # noqa: B027
+        """Read whatever a batch needs beside its windows; called ahead of its step, in another thread."""
+
+    @abstractmethod
+    def save(
+        self,
+        path: Path,
+        step: int,
+        optimizer: torch.optim.Optimizer,
+        average: Mapping[str, Tensor] | None,
+        state: Mapping[str, Any],
+    ) -> None:
+        """Write a checkpoint folder, as `latentphys.training.checkpoint.save` describes it."""
 
     @abstractmethod
     def model(self) -> nn.Module:
@@ -81,9 +115,10 @@ class AutoencoderTask(Task):
         autoencoder: the model.
         loss: weighted losses on fluxes.
         config: the model's configuration, for its checkpoint.
+        loss_weights: see `Task`.
     """
 
-    kind = "autoencoder"
+    kind, figure = "autoencoder", "vrmse"
 
     def __init__(
         self,
@@ -92,10 +127,12 @@ class AutoencoderTask(Task):
         train_windows: Windows,
         test_windows: Windows,
         config: Mapping[str, Any],
+        loss_weights: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         self.autoencoder, self.loss, self.config = autoencoder, loss, config
         self.train_windows, self.test_windows = train_windows, test_windows
+        self.loss_weights = _loss_weights(loss_weights, self.stores())
 
     def forward(self, batch: Batch) -> Output:
         store = self.stores()[batch.store]
@@ -103,12 +140,28 @@ class AutoencoderTask(Task):
         geometry = Geometry.stack([_geometry(store, int(i)) for i in batch.trajectories])
         prediction = self.autoencoder(flux, geometry, store.family)
         loss, parts = self.loss(prediction, flux, geometry, self.autoencoder.scale(store.family))
-        return Output(loss, {f"{store.family}/{name}": value for name, value in parts.items()})
+        figures = {f"{store.family}/{name}": value for name, value in parts.items()}
+        return Output(self.loss_weights.get(store.family, 1.0) * loss, figures)
+
+    def tokens(self, batch: Batch) -> int:
+        cells = self.autoencoder.latent_shape(self.stores()[batch.store].grid)
+        return len(batch.values) * math.prod(cells)
+
+    def prefetch(self, batch: Batch) -> None:
+        for trajectory in batch.trajectories.tolist():
+            _geometry(self.stores()[batch.store], trajectory)
 
     def model(self) -> nn.Module:
         return self.autoencoder
 
-    def save(self, path: Path, step: int, optimizer: torch.optim.Optimizer | None) -> None:
+    def save(
+        self,
+        path: Path,
+        step: int,
+        optimizer: torch.optim.Optimizer,
+        average: Mapping[str, Tensor] | None,
+        state: Mapping[str, Any],
+    ) -> None:
         checkpoint.save(
             path,
             kind=self.kind,
@@ -117,6 +170,8 @@ class AutoencoderTask(Task):
             extra=autoencoder_extra(self.autoencoder),
             step=step,
             optimizer=optimizer,
+            ema=average,
+            state=state,
         )
 
 
@@ -136,9 +191,10 @@ class DynamicsTask(Task):
         balance: moves the routers' biases after every training step.
         balance_losses: auxiliary losses, added in training only. Default none: the bias alone balances.
         config: the model's configuration, for its checkpoint.
+        loss_weights: see `Task`.
     """
 
-    kind = "dynamics"
+    kind, figure = "dynamics", "latent_mse"
 
     def __init__(
         self,
@@ -153,6 +209,7 @@ class DynamicsTask(Task):
         input_noise: float = 0.0,
         balance: BiasBalance | None = None,
         balance_losses: AuxiliaryLosses | None = None,
+        loss_weights: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         expected = dynamics.num_frames + unroll
@@ -167,8 +224,16 @@ class DynamicsTask(Task):
         self.config, self.autoencoder_config = config, autoencoder_config
         self.input_noise, self.balance = input_noise, balance or BiasBalance()
         self.balance_losses = balance_losses or AuxiliaryLosses()
+        self.loss_weights = _loss_weights(loss_weights, self.stores())
         self.routing_log = RoutingLog(len(train_windows.stores))
         self._fit_tree()
+
+    def tokens(self, batch: Batch) -> int:
+        steps = self.train_windows.length - self.dynamics.num_frames
+        return len(batch.values) * steps * math.prod(batch.values.shape[-3:])
+
+    def prefetch(self, batch: Batch) -> None:
+        self._geometry(self.sources[batch.store], batch)
 
     def forward(self, batch: Batch) -> Output:
         source, family = self.sources[batch.store], self.stores()[batch.store].family
@@ -186,6 +251,7 @@ class DynamicsTask(Task):
             errors.append(((step.latent - batch.values[:, k + n]) / self.dynamics.increment_std).square().mean())
         loss = torch.stack(errors).mean()
         figures = {f"{family}/latent_mse": loss.detach()}
+        loss = self.loss_weights.get(family, 1.0) * loss
         if self.training and self.balance_losses:
             auxiliary, parts = self.balance_losses(routings)
             loss = loss + auxiliary.to(loss.dtype)
@@ -250,7 +316,14 @@ class DynamicsTask(Task):
     def model(self) -> nn.Module:
         return self.dynamics
 
-    def save(self, path: Path, step: int, optimizer: torch.optim.Optimizer | None) -> None:
+    def save(
+        self,
+        path: Path,
+        step: int,
+        optimizer: torch.optim.Optimizer,
+        average: Mapping[str, Tensor] | None,
+        state: Mapping[str, Any],
+    ) -> None:
         autoencoder = self._autoencoder[0]
         checkpoint.save(
             path,
@@ -260,6 +333,8 @@ class DynamicsTask(Task):
             extra={**self.dynamics.to_dict(), "latent_channels": autoencoder.latent_channels},
             step=step,
             optimizer=optimizer,
+            ema=average,
+            state=state,
             parts=lambda folder: checkpoint.save(
                 folder / "autoencoder",
                 kind="autoencoder",
@@ -269,6 +344,15 @@ class DynamicsTask(Task):
                 step=0,
             ),
         )
+
+
+def _loss_weights(weights: Mapping[str, float] | None, stores: Sequence[Store]) -> Mapping[str, float]:
+    """The weights, checked to be positive numbers for families that are trained on."""
+    families = sorted(store.family for store in stores)
+    for family, weight in (weights or {}).items():
+        if family not in families or not 0 < weight < math.inf:
+            raise ValueError(f"Expected positive loss weights of {', '.join(families)}, got {family}: {weight}.")
+    return weights or {}
 
 
 def _noise(latent: Tensor) -> Tensor:

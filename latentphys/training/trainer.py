@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import shutil
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from latentphys.data import Batch, Batches
 from latentphys.data.batches import ahead
-from latentphys.training import checkpoint
-from latentphys.training.tasks import Output, Task
+from latentphys.training import trackers
+from latentphys.training.checkpoint import open_checkpoint
+from latentphys.training.control import Agreement, Signals
+from latentphys.training.ema import EMA
+from latentphys.training.guards import Guard
+from latentphys.training.loop import Loop
+from latentphys.training.optimizers import OPTIMIZERS, new_optimizer
+from latentphys.training.run_directory import RunDirectory
+from latentphys.training.schedules import learning_rate_factor
+from latentphys.training.strategy import STRATEGIES, new_strategy
+from latentphys.training.tasks import Task
 
-TEST_SEED = 1
-
-
-def learning_rate_factor(step: int, num_steps: int, warmup: int) -> float:
-    """Linear warm-up to 1, then a cosine to 0."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
+PRECISIONS = (None, "no", "bf16")
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """AdamW with warm-up and cosine decay, under `accelerate`.
+    """Trains a task under `accelerate`.
 
     The batch of a step and its random numbers are functions of the seed and the step alone, so that a resumed run needs
     neither the state of a sampler nor that of a generator.
@@ -40,44 +37,105 @@ class Trainer:
     Args:
         num_steps: optimiser steps.
         batch_size: windows per step over all processes.
+        accumulate: passes into which each process divides its windows of a step, for less memory.
+        optimizer: ``adamw | soap``.
         learning_rate: peak. Good values: 1e-3 for small models, 3e-4 for large ones.
-        weight_decay: of AdamW, on matrices only.
+        weight_decay: on matrices only.
+        schedule: ``cosine | wsd | constant``, after the warm-up.
         warmup: steps of linear warm-up.
+        cooldown: share of the steps over which ``wsd`` falls.
         clip: largest norm of the gradient.
+        ema: decay of a moving average of the weights, with which tests are made and which checkpoints hold beside the
+            weights. Good values: 0.999. None: no average.
         seed: of batches, noise and initial weights.
+        mixed_precision: ``no | bf16``, of accelerate; None for what ``accelerate launch`` was told. The Helmholtz head,
+            norms and the routers stay in FP32.
+        strategy: ``ddp``: every process has the whole model; ``fsdp``: every process has a part of it.
+        expert_parallel: under ``fsdp``, ranks that the experts of each layer are spread over.
+        recompute: work out activations again in the backward pass, for less memory; routing is never decided again.
+        compile: fuse the repeated parts of the model with ``torch.compile``.
+        patience: tests without a new best after which training stops early. None: never.
+        max_skipped, spike: see `Guard`.
+        dead_after: steps without a token after which an expert is reported as dead.
         log_every, test_every, checkpoint_every: steps between log lines, tests on held-out data, checkpoints.
-        test_batches: batches per test.
-        mixed_precision: ``no | bf16``, of accelerate; None for what ``accelerate launch`` was told. The Helmholtz head
-            and the routers stay in FP32.
+        test_batches: batches of each family per test.
+        keep: checkpoints to keep beside the best.
+        pictures_every: steps between pictures of held-out samples; 0: none.
+        trackers: where log lines go beside the run's own log: ``tensorboard | wandb | mlflow | trackio``.
+        peak_flops: peak rate of one processor [FLOP/s], for the model FLOPs utilisation in the log. Default: that of
+            known GPUs, and none of others.
 
     Raises:
-        ValueError: a number below 1 where one must be at least that.
+        ValueError: a number out of its range or an unknown choice.
     """
 
     num_steps: int
     batch_size: int
+    accumulate: int = 1
+    optimizer: str = "adamw"
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
+    schedule: str = "cosine"
     warmup: int = 20
+    cooldown: float = 0.2
     clip: float = 1.0
+    ema: float | None = None
     seed: int = 0
+    mixed_precision: str | None = None
+    strategy: str = "ddp"
+    expert_parallel: int = 1
+    recompute: bool = False
+    compile: bool = False
+    patience: int | None = None
+    max_skipped: int = 10
+    spike: float = 10.0
+    dead_after: int = 1000
     log_every: int = 10
     test_every: int = 100
     checkpoint_every: int = 100
     test_batches: int = 4
-    mixed_precision: str | None = None
+    keep: int = 2
+    pictures_every: int = 0
+    trackers: Sequence[str] = ()
+    peak_flops: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "batch_size", "log_every", "test_every", "checkpoint_every", "test_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Expected {name} ≥ 1, got {getattr(self, name)}.")
+        for name in (
+            *("num_steps", "batch_size", "accumulate", "expert_parallel", "dead_after", "log_every", "test_every"),
+            *("checkpoint_every", "test_batches", "keep", "patience"),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"Expected {name} ≥ 1, got {value}.")
+        for name, choices in (
+            ("optimizer", OPTIMIZERS),
+            ("strategy", STRATEGIES),
+            ("mixed_precision", PRECISIONS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"Expected {name} = {' | '.join(map(str, choices))}, got {getattr(self, name)!r}.")
+        if self.expert_parallel > 1 and self.strategy != "fsdp":
+            raise ValueError(
+                f"Expected strategy = fsdp for expert_parallel = {self.expert_parallel}, got {self.strategy!r}."
+            )
+        self.learning_rate_at(0)
+        Guard(self.max_skipped, self.spike)
+        trackers.check(self.trackers)
+        if self.pictures_every:
+            from latentphys.training import pictures
+
+            pictures.check()
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of a step."""
+        factor = learning_rate_factor(self.schedule, step, self.num_steps, self.warmup, self.cooldown)
+        return self.learning_rate * factor
 
     def fit(self, task: Task, run: Path, about: Mapping[str, Any], resume: bool = True) -> Path:
-        """Train a task in a run directory, from its newest checkpoint where there is one.
+        """Train a task in a run directory, from its newest whole checkpoint where there is one.
 
         Args:
-            run: holds ``config.json``, ``log.jsonl``, the two newest checkpoints and ``last.json``, which names the
-                newest. The log of a resumed run goes on behind its checkpoint: lines beyond are taken out.
+            run: see `RunDirectory`.
             about: the run's whole configuration, recorded in it.
             resume: False starts over, and removes the checkpoints that are there.
 
@@ -85,167 +143,76 @@ class Trainer:
             The last checkpoint.
 
         Raises:
-            ValueError: a run directory whose checkpoint belongs to another model, or a batch size that is not a
-                multiple of the number of processes or larger than a store.
-            FloatingPointError: a loss or gradient that is not finite; the weights are as before that step.
+            ValueError: a run directory that belongs to another model, to other data or to a process that is alive, or a
+                batch size that the processes cannot share or that is larger than a store.
+            FloatingPointError: more bad steps than `max_skipped`.
+            Preempted: a signal asked for the run's place. It saved itself, and goes on when it is called again.
+            OSError: a full disk or a store that cannot be read any more; what was saved stays.
         """
+        accelerator = self._accelerator(run)
+        passes = accelerator.num_processes * self.accumulate
+        if self.batch_size % passes:
+            raise ValueError(
+                f"Expected a batch size that is a multiple of the {accelerator.num_processes} processes "
+                f"times {self.accumulate} passes each, got {self.batch_size}."
+            )
+        task.train_windows.check_batch(self.batch_size)
+        agreement = Agreement()
+        with Signals() as signals, RunDirectory(run, accelerator.is_main_process) as directory:
+            directory.begin(about, task.stores(), resume, self.keep)
+            found = directory.newest(task.kind) if accelerator.is_main_process else None
+            first = agreement.largest(found.step if found else 0)[0]
+            if first and found is None:
+                found = open_checkpoint(directory.path_of(first), task.kind)
+            self._prepare_model(task)
+            strategy = new_strategy(self.strategy, accelerator, task, self.expert_parallel)
+            optimizer = new_optimizer(self.optimizer, task.model(), self.learning_rate, self.weight_decay)
+            average = None if self.ema is None else EMA(task.model(), self.ema)
+            loop = Loop(self, task, strategy, optimizer, average, directory, agreement, signals, accelerator, about)
+            try:
+                if found is not None:
+                    loop.load(found)
+                steps = range(first, self.num_steps)
+                loop.run(steps, ahead(self._sample(task, accelerator), steps))
+            finally:
+                strategy.close()
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+        return directory.path_of(loop.done)
+
+    def _accelerator(self, run: Path) -> Any:
         from accelerate import Accelerator
         from accelerate.utils import DistributedDataParallelKwargs
 
-        accelerator = Accelerator(
+        return Accelerator(
             cpu=not torch.cuda.is_available(),
             mixed_precision=self.mixed_precision,
+            log_with=list(self.trackers) or None,
+            project_dir=str(run),
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
-        if self.batch_size % accelerator.num_processes:
-            raise ValueError(
-                f"Expected a batch size that is a multiple of the {accelerator.num_processes} processes, "
-                f"got {self.batch_size}."
-            )
-        task.train_windows.check_batch(self.batch_size)
-        optimizer = torch.optim.AdamW(self._parameter_groups(task), lr=self.learning_rate)
-        first = self._resume(task, optimizer, run) if resume else 0
-        wrapped, prepared = accelerator.prepare(task, optimizer)
-        main = accelerator.is_main_process
-        if main:
-            run.mkdir(parents=True, exist_ok=True)
-            if not resume:
-                _remove_checkpoints(run)
-            checkpoint.write_json(run / "config.json", about)
-        log = _Log(run / "log.jsonl" if main else None, first)
-        last = run / f"step-{max(first, self.num_steps):06d}"
-        with _progress(main) as bar:
-            line = bar.add_task(f"train {task.kind}", total=self.num_steps, completed=first, figures="")
-            steps = range(first, self.num_steps)
-            for step, sampled in zip(steps, ahead(self._sample(task, accelerator), steps), strict=True):
-                batch = sampled.to(accelerator.device)
-                for group in prepared.param_groups:
-                    group["lr"] = self.learning_rate * learning_rate_factor(step, self.num_steps, self.warmup)
-                torch.manual_seed(_seed(self.seed, step, accelerator.process_index))
-                wrapped.train()
-                with accelerator.autocast():
-                    output: Output = wrapped(batch)
-                accelerator.backward(output.loss)
-                norm = accelerator.clip_grad_norm_(wrapped.parameters(), self.clip)
-                self._check(output.loss, norm, step, batch, accelerator)
-                prepared.step()
-                prepared.zero_grad()
-                with torch.no_grad():
-                    task.after_step(output)
-                done = step + 1
-                if done % self.log_every == 0 or done == self.num_steps:
-                    figures = {"loss": output.loss.detach(), "gradient_norm": norm, **output.figures}
-                    rate = prepared.param_groups[0]["lr"]
-                    log.write(step=done, lr=rate, **_numbers(figures), **task.telemetry())
-                    bar.update(line, figures=_short(_numbers(output.figures)))
-                if done % self.test_every == 0 or done == self.num_steps:
-                    log.write(step=done, **{f"test/{k}": v for k, v in self.test(task, accelerator).items()})
-                bar.update(line, completed=done)
-                if main and (done % self.checkpoint_every == 0 or done == self.num_steps):
-                    self._save(task, prepared.optimizer, run, done)
-        accelerator.wait_for_everyone()
-        accelerator.end_training()
-        return last
 
-    @torch.no_grad()
-    def test(self, task: Task, accelerator: Any) -> dict[str, float]:
-        """Mean figures over the same held-out batches every time; every process works out all of them."""
-        task.eval()
-        sums: dict[str, list[float]] = {}
-        windows = task.test_windows
-        size = min(self.batch_size, *(windows.num_windows(s) for s in range(len(windows.stores))))
-        for step in range(self.test_batches * len(windows.stores)):
-            output = task(windows.sample(step, size, TEST_SEED).to(accelerator.device))
-            for name, value in _numbers(output.figures).items():
-                sums.setdefault(name, []).append(value)
-        return {name: sum(values) / len(values) for name, values in sums.items()}
+    def _prepare_model(self, task: Task) -> None:
+        if self.recompute:
+            from latentphys.training.recompute import set_recompute
 
-    def _parameter_groups(self, task: Task) -> list[dict[str, Any]]:
-        parameters = [p for p in task.parameters() if p.requires_grad]
-        return [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ]
+            set_recompute(task.model(), True)
+        if self.compile:
+            from latentphys.training.compilation import compile_model
 
-    def _sample(self, task: Task, accelerator: Any) -> Callable[[int], Batch]:
-        """Training step → its windows, in main memory."""
+            compile_model(task.model())
+
+    def _sample(self, task: Task, accelerator: Any) -> Callable[[int], Batch | Exception]:
+        """Training step → its windows in main memory, or why they cannot be had."""
         rank, world = accelerator.process_index, accelerator.num_processes
         batches = Batches(task.train_windows, self.batch_size, self.seed, rank, world)
-        return (lambda step: batches[step].pin_memory()) if accelerator.device.type == "cuda" else batches.__getitem__
-
-    @staticmethod
-    def _check(loss: Tensor, norm: Tensor, step: int, batch: Batch, accelerator: Any) -> None:
-        if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
-            raise FloatingPointError(
-                f"The loss became {loss.item():g}, its gradient {norm.item():g}, at step {step} on rank "
-                f"{accelerator.process_index} (store {batch.store}, trajectories {batch.trajectories.tolist()}); "
-                "look for NaN in the data or lower the learning rate. The last checkpoint is intact."
-            )
-
-    @staticmethod
-    def _resume(task: Task, optimizer: torch.optim.Optimizer, run: Path) -> int:
-        if not (run / checkpoint.LAST).is_file():
-            return 0
-        found = checkpoint.open_checkpoint(run, task.kind)
-        found.load_into(task.model())
-        checkpoint.load_optimizer(found.path, optimizer, task.model())
-        return found.step
-
-    @staticmethod
-    def _save(task: Task, optimizer: torch.optim.Optimizer, run: Path, step: int) -> None:
-        path = run / f"step-{step:06d}"
-        task.save(path, step, optimizer)
-        checkpoint.write_json(run / checkpoint.LAST, {"checkpoint": path.name})
-        for older in sorted(run.glob("step-*"), key=lambda p: (len(p.name), p.name))[:-2]:
-            shutil.rmtree(older, ignore_errors=True)
+        return partial(_read, task, batches, accelerator.device.type == "cuda")
 
 
-def _remove_checkpoints(run: Path) -> None:
-    (run / checkpoint.LAST).unlink(missing_ok=True)
-    for old in run.glob("step-*"):
-        shutil.rmtree(old)
-
-
-class _Log:
-    """Appends JSON lines, or nothing without a path; lines after step `first`, and cut-off ones, are taken out."""
-
-    def __init__(self, path: Path | None, first: int) -> None:
-        self.path, self.start = path, time.perf_counter()
-        if path is not None and path.is_file():
-            kept = [line + "\n" for line in path.read_text().splitlines() if _step_of(line) <= first]
-            temporary = path.with_name(f".{path.name}.partial")
-            temporary.write_text("".join(kept))
-            os.replace(temporary, path)
-
-    def write(self, **figures: Any) -> None:
-        if self.path is not None:
-            seconds = round(time.perf_counter() - self.start, 3)
-            with self.path.open("a") as file:
-                file.write(json.dumps({**figures, "seconds": seconds}) + "\n")
-
-
-def _step_of(line: str) -> float:
-    """The step of a log line; infinite where the line is not whole."""
+def _read(task: Task, batches: Batches, pin: bool, step: int) -> Batch | Exception:
     try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return math.inf
-
-
-def _seed(seed: int, step: int, rank: int) -> int:
-    """A seed for the random numbers of one step on one rank."""
-    return (seed * 1_000_003 + step) * 1_009 + rank
-
-
-def _numbers(figures: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in figures.items()}
-
-
-def _short(figures: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
-
-
-def _progress(show: bool) -> Any:
-    from latentphys.progress import progress_bar
-
-    return progress_bar(show, "{task.fields[figures]}")
+        batch = batches[step]
+        task.prefetch(batch)
+        return batch.pin_memory() if pin else batch
+    except (OSError, ValueError, RuntimeError) as error:
+        return error

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from latentphys.routers import Layout, MoEFeedForward, Router, Routing
 from latentphys.transformer.attention import SelfAttention
@@ -57,9 +62,16 @@ class TransformerBlock(nn.Module):
         activation: of the experts, ``swiglu | gelu``.
         dispatch: backend of `latentphys.routers.dispatch`.
 
+    Attributes:
+        recompute: in training, keep no activations but the tokens between the parts, and work out the others again for
+            the gradient. The routing is kept: a near-tie cannot go another way. See
+            `latentphys.training.recompute.set_recompute`.
+
     Raises:
         ValueError: an unknown mixer, or what its parts refuse.
     """
+
+    recompute: bool = False
 
     def __init__(
         self,
@@ -98,8 +110,34 @@ class TransformerBlock(nn.Module):
             routing: what a router outside the block decided.
         """
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(condition)
+        x, z = self._run(self._before_routing, x, table, layout, shift_1, scale_1, gate_1, shift_2, scale_2)
+        if routing is None and self.feed_forward.router is not None:
+            routing = self.feed_forward.router(z.flatten(0, 1), layout)
+        return self._run(self._after_routing, x, z, layout, routing, gate_2)
+
+    def _run(self, part: Callable[..., Any], *inputs: Any) -> Any:
+        if self.recompute and self.training and torch.is_grad_enabled():
+            return checkpoint(part, *inputs, use_reentrant=False)
+        return part(*inputs)
+
+    def _before_routing(
+        self,
+        x: Tensor,
+        table: Tensor,
+        layout: Layout,
+        shift_1: Tensor,
+        scale_1: Tensor,
+        gate_1: Tensor,
+        shift_2: Tensor,
+        scale_2: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         x = x + gate_1 * self._mix(normalise(x, shift_1, scale_1), table, layout)
-        y, routing = self.feed_forward(normalise(x, shift_2, scale_2), layout, routing)
+        return x, normalise(x, shift_2, scale_2)
+
+    def _after_routing(
+        self, x: Tensor, z: Tensor, layout: Layout, routing: Routing | None, gate_2: Tensor
+    ) -> tuple[Tensor, Routing]:
+        y, routing = self.feed_forward(z, layout, routing)
         return x + gate_2 * y, routing
 
     def _mix(self, x: Tensor, table: Tensor, layout: Layout) -> Tensor:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentphys.autoencoders.layers import extrude, geometry_features, space_to_depth
 from latentphys.data import Store
@@ -46,15 +46,44 @@ class Parameter:
         return ((np.log(x) if self.logarithmic else x) - self.mean) / self.std
 
 
+class WidenedLinear(nn.Module):
+    """A linear map with further inputs, which do nothing at the start.
+
+        y = L(x₁) + V x₂,    V = 0
+
+    Inputs x₂ that are zero leave every bit of L(x₁) as it was, whatever V has become: one product over all inputs
+    would add them up in another order.
+
+    Args:
+        inner: the map L, plain or widened before.
+        channels: of x₂, which stands behind x₁; ≥ 1.
+    """
+
+    def __init__(self, inner: nn.Linear | WidenedLinear, channels: int) -> None:
+        super().__init__()
+        self.inner, self.channels = inner, channels
+        self.out_features: int = inner.out_features
+        self.added = nn.Linear(channels, self.out_features, bias=False)
+        nn.init.zeros_(self.added.weight)
+
+    def forward(self, x: Float[Tensor, "b p"]) -> Float[Tensor, "b d"]:
+        return self.inner(x[:, : -self.channels].contiguous()) + self.added(x[:, -self.channels :])
+
+
 @dataclass(frozen=True)
 class Conditioning:
     """Turns Δt and physical parameters into the numbers that condition the model.
 
     A parameter that changes in time enters twice, at the beginning and at the end of the step. One that a family does
     not have enters as its mean over the families that do.
+
+    Args:
+        parameters: all that any family has, each with the scale that it got first.
+        added: how many channels each extension brought, the first one first; they stand behind the others.
     """
 
     parameters: list[Parameter]
+    added: list[int] = field(default_factory=list)
 
     @classmethod
     def fit(cls, stores: Sequence[Store], trajectories: Sequence[Sequence[int]] | None = None) -> Conditioning:
@@ -83,9 +112,32 @@ class Conditioning:
             parameters.append(Parameter(name, size, varying, logarithmic, values.mean(0).tolist(), std.tolist()))
         return cls(parameters)
 
+    def extended(self, stores: Sequence[Store], trajectories: Sequence[Sequence[int]] | None = None) -> Conditioning:
+        """The same, and behind it the parameters of some stores that are new.
+
+        Parameters that were there keep their scales; families without the new ones get the numbers they got before, and
+        zeros behind these.
+
+        Raises:
+            ValueError: a parameter that was there with another size or sign, or one that changes in time now.
+        """
+        known = {p.name: p for p in self.parameters}
+        found = Conditioning.fit(stores, trajectories).parameters
+        for store in stores:
+            for name in sorted(known.keys() & store.parameters.keys()):
+                _check_same(known[name], store)
+        new = [p for p in found if p.name not in known]
+        channels = Conditioning(new).num_channels - 1
+        return Conditioning([*self.parameters, *new], [*self.added, *([channels] if channels else [])])
+
     @property
     def num_channels(self) -> int:
         return 1 + sum(p.size * (2 if p.varying else 1) for p in self.parameters)
+
+    @property
+    def first_channels(self) -> int:
+        """Channels before any extension."""
+        return self.num_channels - sum(self.added)
 
     def vector(self, now: Mapping[str, Any], then: Mapping[str, Any], dt: float) -> Float[Tensor, " p"]:
         """Conditioning numbers of one sample.
@@ -114,7 +166,24 @@ class Conditioning:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Conditioning:
-        return cls([Parameter(**p) for p in data["parameters"]])
+        return cls([Parameter(**p) for p in data["parameters"]], list(data.get("added", [])))
+
+
+def _check_same(parameter: Parameter, store: Store) -> None:
+    """Refuse values of a known parameter that cannot enter as it does."""
+    values = store.parameters[parameter.name]
+    size = 1 if values.ndim == 1 else values.shape[-1]
+    if size != parameter.size or (values.ndim == 3 and not parameter.varying):
+        kind = {True: "changing in time", False: "constant"}
+        raise ValueError(
+            f"Expected parameter {parameter.name!r} of size {parameter.size}, {kind[parameter.varying]}, as the model "
+            f"knows it, got size {size}, {kind[values.ndim == 3]}, in {store.path}; rename it in the store."
+        )
+    if parameter.logarithmic and not (values > 0).all():
+        raise ValueError(
+            f"Expected a positive parameter {parameter.name!r}, as the model knows it, got {values.min():g} in "
+            f"{store.path}; rename it in the store."
+        )
 
 
 def store_parameters(store: Store, trajectory: int, time: int) -> dict[str, np.ndarray]:

@@ -30,6 +30,11 @@ class Dynamics(nn.Module):
         conditioning: scales of Δt and parameters.
         intervals: family → Δt [s] the model was trained on.
         latent_channels: channels C.
+        experts: family → how many experts of each layer, the first ones, it may choose. Default: all, for each.
+
+    Attributes:
+        adaptation: how the weights differ from those of the transformer's configuration while the model is fine-tuned
+            (`latentphys.training.models.adapt`); None for a plain model.
     """
 
     latent_mean: Tensor
@@ -42,8 +47,11 @@ class Dynamics(nn.Module):
         conditioning: Conditioning,
         intervals: Mapping[str, float],
         latent_channels: int,
+        experts: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
+        self.experts = dict(experts or {})
+        self.adaptation: dict[str, Any] | None = None
         self.transformer, self.conditioning, self.intervals = transformer, conditioning, dict(intervals)
         for name, value in (("latent_mean", 0.0), ("latent_std", 1.0), ("increment_std", 1.0)):
             self.register_buffer(name, torch.full((latent_channels, 1, 1, 1), value))
@@ -64,6 +72,15 @@ class Dynamics(nn.Module):
                 f"Expected a family of {sorted(self.intervals)}, got {family!r}; this model knows no other."
             )
         return self.intervals[family]
+
+    def num_choices(self, family: str | None) -> int | None:
+        """How many experts of each layer, the first ones, a family may choose; None for all."""
+        if self.experts and family is None:
+            raise ValueError(
+                "Expected the family of the samples for a model with experts that only some families may choose, "
+                f"got none; pass family=…, one of {sorted(self.intervals)}."
+            )
+        return None if family is None else self.experts.get(family)
 
     @torch.no_grad()
     def fit_scales(self, stores: Sequence[Store], trajectories: Sequence[Sequence[int]], stride: int) -> None:
@@ -90,9 +107,19 @@ class Dynamics(nn.Module):
         condition: Float[Tensor, "b p"],
         geometry: Float[Tensor, "b g x y z"],
         periodic: tuple[bool, bool, bool],
+        family: str | None = None,
     ) -> Step:
-        """The latent after the last of K frames; see `LatentTransformer` for the arguments."""
-        prediction = self.transformer(self._scaled(latents), condition, geometry, periodic)
+        """The latent after the last of K frames; see `LatentTransformer` for the other arguments.
+
+        Args:
+            family: of all samples; only a model with experts that not every family may choose has to know.
+
+        Raises:
+            ValueError: no family for a model that has to know.
+        """
+        num_experts = self.num_choices(family)
+        choices = {} if num_experts is None else {"num_experts": num_experts}
+        prediction = self.transformer(self._scaled(latents), condition, geometry, periodic, **choices)
         return Step(latents[:, -1] + prediction.increment * self.increment_std, prediction.routings)
 
     def function_features(
@@ -109,4 +136,9 @@ class Dynamics(nn.Module):
 
     def to_dict(self) -> dict[str, Any]:
         """What, beside the weights, a checkpoint must know."""
-        return {"conditioning": self.conditioning.to_dict(), "intervals": self.intervals}
+        about: dict[str, Any] = {"conditioning": self.conditioning.to_dict(), "intervals": self.intervals}
+        if self.experts:
+            about["experts"] = self.experts
+        if self.adaptation is not None:
+            about["adaptation"] = self.adaptation
+        return about

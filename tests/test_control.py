@@ -1,0 +1,87 @@
+"""Signals are remembered, not died of, and what one process says all of them know."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from latentphys.training.control import PREEMPTED, Agreement, Signals
+
+RANK = """
+import os
+import sys
+
+import torch.distributed as dist
+
+from latentphys.training.control import Agreement
+
+rank = int(os.environ["RANK"])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/meeting", rank=rank, world_size=2)
+agreement = Agreement()
+print(agreement.largest(10 * rank, 1 - rank), agreement.largest(0), agreement.largest(-5 + rank, 3))
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_is_remembered_and_the_handlers_come_back(kind: signal.Signals) -> None:
+    before = {number: signal.getsignal(number) for number in Signals.KINDS}
+    with Signals() as signals:
+        assert signals.received is None
+        os.kill(os.getpid(), kind)
+        assert signals.received == kind
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == kind
+    assert {number: signal.getsignal(number) for number in Signals.KINDS} == before
+
+
+def test_a_second_interrupt_does_not_wait() -> None:
+    with pytest.raises(KeyboardInterrupt), Signals():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_outside_the_main_thread_nothing_is_changed() -> None:
+    seen = []
+
+    def work() -> None:
+        before = signal.getsignal(signal.SIGTERM)
+        with Signals() as signals:
+            seen.append(signals.received is None and signal.getsignal(signal.SIGTERM) is before)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(10)
+    assert seen == [True]
+
+
+def test_one_process_agrees_with_itself() -> None:
+    assert Agreement().largest(3, 0, -2) == [3, 0, -2]
+
+
+def test_two_processes_know_the_largest_of_each_number(tmp_path: Path) -> None:
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(tmp_path)],
+            env={**os.environ, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert outputs == ["[10, 1] [0] [-4, 3]\n"] * 2
+
+
+def test_the_exit_status_asks_to_be_tried_again() -> None:
+    assert PREEMPTED == 75
