@@ -3,7 +3,7 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_ARGS ?=
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= --numprocesses logical --dist loadscope
 
 BIN := .venv/bin
 STAMP := .venv/.stamp

@@ -11,7 +11,7 @@ in every ten and without start-up, tests and checkpoints.
 
     overhead   trainer_overhead: over a loop of forward, backward, clip, step and zero_grad of the same model, whose
                inputs all lie ready on the device. The trainer reads ahead, draws noise, guards, balances, counts, logs.
-    data       data_wait: share of a step spent waiting for its batch, latents held in memory or read from the store.
+    data       data_wait: share of ten steps spent waiting for batches, latents held in memory or read from the store.
     rates      steps, samples, tokens and FLOPs per second, with one expert that takes every token (`dense`) and with
                the size's experts (`top1`). `mfu`: FLOPs of the model over the peak of the GPU's data sheet;
                `mfu_of_measured_gemm`: over one large matrix product in this process, where no data sheet is known.
@@ -123,8 +123,8 @@ class Bench:
 
     def data(self) -> None:
         for name, cached in (("data_wait", True), ("data_wait_uncached", False)):
-            seconds, lines = fit(self.case.but(cached=cached), self.folder)
-            (share, *_) = (line["data_wait"] for line in lines if "data_wait" in line)
+            seconds, lines = fit(self.case.but(cached=cached, steps=20), self.folder)
+            (share,) = (line["data_wait"] for line in lines if line["step"] == 20 and "data_wait" in line)
             self.add(name, {"value": share, "step_ms": 1e3 * seconds})
 
     def rates(self) -> None:
@@ -235,7 +235,7 @@ def main() -> None:
     options.add_argument("--size", choices=SIZES, default="tiny", help="of the dynamics model (default %(default)s)")
     options.add_argument("--dtype", choices=DTYPES, default="fp32", help="(default %(default)s)")
     options.add_argument("--steps", type=int, default=10, help="timed steps of each run (default %(default)s)")
-    options.add_argument("--rounds", type=int, default=3, help="(default %(default)s)")
+    options.add_argument("--rounds", type=int, default=5, help="(default %(default)s)")
     options.add_argument("--experts", type=int, nargs="+", default=[1, 4, 16, 64], help="numbers E")
     options.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     options.add_argument("--folder", type=Path, help="where runs go for a while (default: temporary)")

@@ -17,24 +17,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-import torch
+from killed_runs import Attempt, differences, figures, interrupted_save, steps_done, steps_saved
 from machine import Results, parser
-from safetensors.torch import load_file
 
 from latentphys.data import open_store
 from latentphys.families import OpenChannel, Porous, simulate
@@ -51,7 +44,8 @@ TRAINER = {
     "accumulate": 2,
     "ema": 0.9,
     "warmup": 5,
-    "spike": 1.5,  # of so few samples that some steps are skipped
+    "learning_rate": 3e-4,
+    "spike": 1.02,  # steps are skipped for next to nothing
     "max_skipped": 100,
     "log_every": 1,
     "test_every": 8,
@@ -59,19 +53,14 @@ TRAINER = {
 }
 OPTIMIZERS = {("autoencoder", 1): "soap", ("dynamics", 2): "soap"}
 """AdamW elsewhere."""
-TENSORS = ("model", "ema", "optimizer")
-"""Files that the last checkpoint must have."""
 SAVES = {1: 2, 2: 3}
 """Processes → steps between checkpoints."""
 EARLY = 0.2
 """Share of the kills that come while a run starts."""
-OF_THE_CLOCK = ("seconds", "samples_per_s", "tokens_per_s", "mfu", "data_wait")
-"""What two equal runs log differently; and, counted from a run's last start, the age of dead experts."""
 MOST_FAILURES = 3
 """Runs that come out wrong before there is no point in going on."""
 PATIENCE = 20
 """Times the length of an undisturbed run after which one that goes on hangs."""
-POLL_S = 0.002
 
 
 @dataclass(frozen=True)
@@ -106,159 +95,6 @@ class Tally:
         return self.phases.total()
 
 
-class Attempt:
-    """One start of a training command, with all the processes that come of it, wherever they move."""
-
-    def __init__(self, command: list[str], run: Path, device: str, threads: int) -> None:
-        self.run, self.mark = run, uuid.uuid4().hex
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "LATENTPHYS_FAULT": self.mark}
-        if device == "cpu":
-            environment |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-        self._status = _identity(run / "status.json")
-        self.begin = time.monotonic()
-        self.errors = run.with_name(f"{run.name}.stderr")
-        with self.errors.open("w") as stream:
-            self.process = subprocess.Popen(
-                [*command, f"run={run}"],
-                stdout=subprocess.DEVNULL,
-                stderr=stream,
-                env=environment,
-                start_new_session=True,
-            )
-
-    @property
-    def is_training(self) -> bool:
-        """Whether it has come as far as its first step."""
-        return _identity(self.run / "status.json") != self._status
-
-    def wait(self, until: float, for_training: bool = False) -> bool:
-        """Whether it ended, or began to train where that is asked for, before a moment of the clock."""
-        while time.monotonic() < until:
-            if self.process.poll() is not None or (for_training and self.is_training):
-                return True
-            time.sleep(POLL_S)
-        return False
-
-    def kill(self) -> bool:
-        """SIGKILL to all processes, in any order; whether the run was alive and not yet done."""
-        was_alive = self.process.poll() is None and _status(self.run) != "done"
-        while found := list(marked(self.mark)):
-            for process in found:
-                try:
-                    os.kill(process, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
-        self.process.wait()
-        return was_alive and self.process.returncode == -signal.SIGKILL
-
-    def said(self) -> str:
-        """The end of what it wrote to stderr."""
-        return self.errors.read_text(errors="replace")[-2000:]
-
-
-def marked(mark: str) -> Iterator[int]:
-    """Processes that were started, by whatever way, with this mark in their environment."""
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and int(folder.name) != os.getpid():
-            try:
-                environment = (folder / "environ").read_bytes()
-            except OSError:
-                continue
-            if mark.encode() in environment:
-                yield int(folder.name)
-
-
-def _identity(file: Path) -> tuple[int, int] | None:
-    try:
-        found = file.stat()
-    except FileNotFoundError:
-        return None
-    return found.st_ino, found.st_mtime_ns
-
-
-def _status(run: Path) -> str | None:
-    try:
-        return json.loads((run / "status.json").read_text())["state"]
-    except FileNotFoundError:
-        return None
-
-
-def interrupted_save(run: Path) -> bool:
-    """Whether a dead run left a checkpoint half written, half exchanged, or not yet named."""
-    if any(path.name.endswith((".partial", ".old", ".gone")) for path in run.glob(".step-*")):
-        return True
-    folders, last = sorted(run.glob("step-*")), run / "last.json"
-    named = json.loads(last.read_text())["checkpoint"] if last.is_file() else None
-    return bool(folders) and folders[-1].name != named
-
-
-def steps_done(run: Path) -> int:
-    """Steps that a dead run had taken, by its log, whose last line may be cut off."""
-    return max((line["step"] for line in log_lines(run)), default=0)
-
-
-def steps_saved(run: Path) -> int:
-    """Steps in the newest checkpoint that has its name."""
-    return max((int(path.name.removeprefix("step-")) for path in run.glob("step-*")), default=0)
-
-
-def log_lines(run: Path) -> list[dict[str, Any]]:
-    lines = []
-    for text in (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").is_file() else ():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue
-    return lines
-
-
-def figures(run: Path) -> tuple[list[Any], list[str]]:
-    """What two equal runs log alike: all figures line by line, and what was skipped and why."""
-
-    def bare(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: bare(v) for k, v in value.items() if k not in (*OF_THE_CLOCK, "dead_age")}
-        return [bare(v) for v in value] if isinstance(value, list) else value
-
-    lines = log_lines(run)
-    skipped = sorted(line["event"] for line in lines if line.get("event", "").startswith("skipped"))
-    return [bare(line) for line in lines if "event" not in line], skipped
-
-
-def differences(run: Path, whole: Path) -> list[str]:
-    """In what the last checkpoint and the log of a run differ from those of another; nothing where they do not."""
-    a, b = sorted(run.glob("step-*")), sorted(whole.glob("step-*"))
-    if not a or not b or a[-1].name != b[-1].name:
-        return [f"last checkpoint {[path.name for path in (*a[-1:], *b[-1:])]}"]
-    found = []
-    files = {
-        path.relative_to(folder)
-        for folder in (a[-1], b[-1])
-        for path in folder.rglob("*")
-        if path.suffix in (".safetensors", ".json")
-    }
-    for file in sorted(files | {Path(f"{name}.safetensors") for name in TENSORS}):
-        x, y = a[-1] / file, b[-1] / file
-        if not (x.is_file() and y.is_file()):
-            found.append(f"{file} is missing")
-        elif file.suffix == ".json":
-            p, q = json.loads(x.read_text()), json.loads(y.read_text())
-            found += [f"{file}: {key}" for key in sorted(p.keys() | q.keys()) if p.get(key) != q.get(key)]
-        else:
-            p, q = load_file(x), load_file(y)
-            found += [f"{file}: {key}" for key in sorted(p.keys() | q.keys()) if not _same_bits(p.get(key), q.get(key))]
-    for name, mine, theirs in zip(("figures", "skipped steps"), figures(run), figures(whole), strict=True):
-        if mine != theirs:
-            found.append(f"{name} in the log")
-    return found
-
-
-def _same_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    if a is None or b is None or a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
-
-
 def command(kind: str, processes: int, stores: list[Path], steps: int) -> list[str]:
     """What trains a model, up to the run directory."""
     program = [sys.executable, "-m", "latentphys"]
@@ -279,43 +115,48 @@ def command(kind: str, processes: int, stores: list[Path], steps: int) -> list[s
 
 def undisturbed(case: Case, arguments: argparse.Namespace) -> Case:
     """Train once without a kill, and see how long that takes."""
-    attempt = Attempt(case.command, case.whole, arguments.device, arguments.threads)
-    limit = attempt.begin + 600
-    attempt.wait(limit, for_training=True)
-    start_s = time.monotonic() - attempt.begin
-    attempt.wait(limit)
-    train_s = time.monotonic() - attempt.begin - start_s
-    if attempt.process.poll() != 0:
-        attempt.kill()
-        raise RuntimeError(f"Expected an undisturbed run to end, got {attempt.process.returncode}: {attempt.said()}")
-    return Case(case.kind, case.processes, case.command, case.whole, start_s, train_s)
+    with Attempt(case.command, case.whole, arguments.device, arguments.threads) as attempt:
+        limit = attempt.begin + 600
+        attempt.wait(limit, for_training=True)
+        start_s = time.monotonic() - attempt.begin
+        attempt.wait(limit)
+        train_s = time.monotonic() - attempt.begin - start_s
+        status = attempt.process.poll()
+        if status != 0:
+            raise RuntimeError(f"Expected an undisturbed run to end well, got exit status {status}: {attempt.said()}")
+    there = json.loads((case.whole / "environment.json").read_text())["starts"][0]["processes"]
+    if there != case.processes:
+        raise RuntimeError(f"Expected {case.processes} processes, got {there}.")
+    return replace(case, start_s=start_s, train_s=train_s)
 
 
 def disturbed(case: Case, run: Path, tally: Tally, draw: random.Random, arguments: argparse.Namespace) -> str | None:
     """One run, killed and started again until it is done; why it is not as it should be, or None."""
     limit_s, restarted = PATIENCE * (case.start_s + case.train_s), False
     while True:
-        attempt = Attempt(case.command, run, arguments.device, arguments.threads)
-        last_chance, wanted = attempt.begin + limit_s, tally.kills < arguments.kills
-        if wanted and draw.random() < EARLY:
-            attempt.wait(attempt.begin + draw.uniform(0, case.start_s))
-        else:
-            attempt.wait(last_chance, for_training=True)
-            if restarted and attempt.is_training:
-                tally.restarts.setdefault(case.processes, []).append(time.monotonic() - attempt.begin)
-            attempt.wait(time.monotonic() + draw.uniform(0, case.train_s) if wanted else last_chance)
-        if attempt.process.poll() is not None:
-            attempt.kill()  # what a launcher may have left behind
-            if attempt.process.returncode:
-                return f"exit status {attempt.process.returncode}: {attempt.said()}"
-            return "; ".join(differences(run, case.whole)) or None
-        was_training = attempt.is_training
-        if attempt.kill():
-            phase = "save" if interrupted_save(run) else "training" if was_training else "start"
-            tally.phases[phase] += 1
-            tally.lost.append(steps_done(run) - steps_saved(run))
-        elif time.monotonic() >= last_chance:
-            return f"it hung: {attempt.said()}"
+        with Attempt(case.command, run, arguments.device, arguments.threads) as attempt:
+            last_chance = attempt.begin + limit_s
+            if tally.kills >= arguments.kills:
+                attempt.wait(last_chance)
+            elif draw.random() < EARLY:
+                attempt.wait(attempt.begin + draw.uniform(0, case.start_s))
+            else:
+                attempt.wait(last_chance, for_training=True)
+                if restarted and attempt.is_training:
+                    tally.restarts.setdefault(case.processes, []).append(time.monotonic() - attempt.begin)
+                rest = 1 - steps_saved(run) / arguments.steps
+                attempt.wait(time.monotonic() + draw.uniform(0, case.train_s * max(rest, 0.5)))
+            status, was_training = attempt.process.poll(), attempt.is_training
+            if status:
+                return f"exit status {status}: {attempt.said()}"
+            if status == 0:
+                return "; ".join(differences(run, case.whole)) or None
+            if attempt.kill():
+                phase = "save" if interrupted_save(run) else "training" if was_training else "start"
+                tally.phases[phase] += 1
+                tally.lost.append(steps_done(run) - steps_saved(run))
+            if time.monotonic() >= last_chance:
+                return f"it hung: {attempt.said()}"
         restarted = True
 
 

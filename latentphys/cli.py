@@ -14,9 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from latentphys.cli_exchange import add_verbs
+from latentphys import cli_exchange, cli_sweep
 
 DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+MODELS = ("autoencoder", "dynamics")
 
 
 def simulate(arguments: argparse.Namespace) -> int:
@@ -207,9 +208,16 @@ def render(arguments: argparse.Namespace) -> int:
 
 
 def info(arguments: argparse.Namespace) -> int:
-    from latentphys.info import describe
+    if len(arguments.what) == 1 and "=" not in arguments.what[0] and arguments.what[0] not in MODELS:
+        from latentphys.info import describe
 
-    description = describe(arguments.path)
+        description = describe(arguments.what[0])
+    else:
+        from latentphys.info_experiment import describe_experiment
+
+        named = arguments.what[0] in MODELS
+        model, overrides = (arguments.what[0], arguments.what[1:]) if named else ("dynamics", arguments.what)
+        description = describe_experiment(model, overrides)
     if arguments.json:
         print(json.dumps(description, indent=1))
     else:
@@ -308,7 +316,7 @@ def parser() -> argparse.ArgumentParser:
         " workers, device, compile, resume, overwrite, and the family's own settings, family.…",
     )
 
-    add_verbs(verb)
+    cli_exchange.add_verbs(verb)
 
     sub = verb(
         train,
@@ -317,9 +325,12 @@ def parser() -> argparse.ArgumentParser:
         "  accelerate launch -m latentphys train autoencoder stores=[open_channel.zarr,porous.zarr] "
         "run=runs/autoencoder\n"
         "  accelerate launch -m latentphys train dynamics stores=[open_channel.latent.zarr,porous.latent.zarr] "
-        "run=runs/dynamics",
+        "run=runs/dynamics\n"
+        "  accelerate launch --config_file configs/accelerate/one_node.yaml -m latentphys train dynamics … "
+        "trainer.strategy=fsdp trainer.expert_parallel=8\n\n"
+        "The same command goes on with a run that stopped. SIGTERM and SIGUSR1 save it, and it exits with status 75.",
     )
-    sub.add_argument("model", choices=("autoencoder", "dynamics"))
+    sub.add_argument("model", choices=MODELS)
     sub.add_argument(
         "overrides",
         nargs="*",
@@ -327,6 +338,8 @@ def parser() -> argparse.ArgumentParser:
         help="Hydra overrides: stores=[…], run=DIR, router=top1|topk|nested|tree|random|dense, "
         "experiment=shodh_moe|moe_pot|nestor|mono|dense|random, dynamics=tiny|small|base, trainer.num_steps=…",
     )
+
+    cli_sweep.add_verbs(verb)
 
     sub = verb(encode, "encode a store of fields into a store of latents")
     sub.add_argument("checkpoint", help="an autoencoder's checkpoint or run directory")
@@ -368,8 +381,20 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--layer", type=int, default=-1, help="whose routing (default: the last layer's)")
     sub.add_argument("--no-movie", action="store_true", help="stills only")
 
-    sub = verb(info, "say what a store or a checkpoint holds")
-    sub.add_argument("path", help="a store, a checkpoint or a run directory")
+    sub = verb(
+        info,
+        "say what a store, a checkpoint or a run holds, or what an experiment would need",
+        "examples:\n  latentphys info runs/dynamics\n"
+        "  latentphys info experiment=shodh_moe dynamics=base processes=8 memory=80e9\n"
+        "  latentphys info autoencoder autoencoder=base shape=[128,128,128] trainer.recompute=true",
+    )
+    sub.add_argument(
+        "what",
+        nargs="+",
+        metavar="PATH | [MODEL] KEY=VALUE",
+        help="a store, a checkpoint or a run directory; or Hydra overrides as of `train`, of a dynamics model unless "
+        "MODEL says autoencoder, and processes, memory (bytes of each that must be enough), latent_shape, shape, mfu",
+    )
     sub.add_argument("--json", action="store_true", help="print JSON")
 
     sub = verb(demo, "the whole road, small: simulate, compress, advance, validate, render")

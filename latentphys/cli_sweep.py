@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,9 @@ def _print(folders: list[Path], each: bool, sort: str | None, form: str) -> None
     from latentphys.training import results
 
     rows = table(folders)
+    if form == "table":  # names that tell runs apart, and fit a line
+        above = os.path.commonpath([folder.resolve().parent for folder in folders])
+        rows = [{**row, "run": os.path.relpath(Path(row["run"]).resolve(), above)} for row in rows]
     if not each:
         rows = results.over_seeds(rows)
     if sort is not None:

@@ -95,7 +95,8 @@ def _planner(
     model: str, own: Mapping[str, Any], config: Mapping[str, Any], overrides: Sequence[str]
 ) -> Callable[[], Planned]:
     """Makes the task, on the largest of the stores or on boxes of a shape."""
-    stores = [open_store(path) for path in config["stores"]]
+    paths = config["stores"]
+    stores = [open_store(path) for path in ([paths] if isinstance(paths, str) else paths)]
     for store in stores:
         if ("latent" in store.specs) != (model == "dynamics"):
             wanted = "latent stores" if model == "dynamics" else "field stores"

@@ -1,5 +1,6 @@
 """The benchmarks of training run and print JSON alone; the one that kills runs sees every bit that differs."""
 
+import importlib
 import json
 import math
 import os
@@ -28,12 +29,9 @@ time.sleep(60)
 
 @pytest.fixture
 def faults(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The module that kills runs."""
+    """The module that kills runs and compares them."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import fault_resume  # type: ignore[import-not-found]
-
-    module: ModuleType = fault_resume
-    return module
+    return importlib.import_module("killed_runs")
 
 
 def bench(program: str, *options: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -77,6 +75,7 @@ def make_run(folder: Path) -> Path:
             save_file(tensors, folder / step / f"{file}.safetensors")
         (folder / step / "checkpoint.json").write_text(json.dumps({"step": 6, "state": {"best": 0.1}}))
     (folder / "last.json").write_text(json.dumps({"checkpoint": "step-000006"}))
+    (folder / "best.json").write_text(json.dumps({"checkpoint": "step-000004"}))
     (folder / "status.json").write_text(json.dumps({"state": "done"}))
     log: list[dict[str, Any]] = [
         {"step": n, "loss": 1 / n, "seconds": 0.1 * n, "routing": [{"load": [0.5, 0.5], "dead_age": [n]}]}
@@ -115,9 +114,11 @@ def last_bit(tensor: torch.Tensor) -> torch.Tensor:
         (change_tensor("model.safetensors", "a", last_bit), "model.safetensors: a"),
         (change_tensor("ema.safetensors", "b", last_bit), "ema.safetensors: b"),
         (change_tensor("optimizer.safetensors", "b", torch.neg), "optimizer.safetensors: b"),  # −0
-        (change_tensor("optimizer.safetensors", "b", lambda t: t.long()), "optimizer.safetensors: b"),
+        (change_tensor("optimizer.safetensors", "b", lambda t: t.int()), "optimizer.safetensors: b"),
         (change_tensor("autoencoder/model.safetensors", "a", last_bit), "autoencoder/model.safetensors: a"),
         (lambda run: (run / "step-000006" / "ema.safetensors").unlink(), "ema.safetensors is missing"),
+        (replace_text("best.json", "000004", "000006"), "best.json"),
+        (lambda run: (run / "best.json").unlink(), "best.json"),
         (lambda run: shutil.rmtree(run / "step-000006"), "last checkpoint ['step-000004', 'step-000006']"),
         (replace_text("step-000006/checkpoint.json", "0.1", "0.10000000000000002"), "checkpoint.json: state"),
         (replace_text("log.jsonl", '"loss": 0.5', '"loss": 0.5000000000000001'), "figures in the log"),
@@ -156,8 +157,11 @@ def test_a_kill_reaches_children_in_sessions_of_their_own(faults: ModuleType, tm
 
 def test_a_run_that_is_done_cannot_be_killed(faults: ModuleType, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    attempt = faults.Attempt([sys.executable, "-c", "import time; time.sleep(60)"], run, "cpu", 1)
-    assert not attempt.kill()
+    with faults.Attempt([sys.executable, "-c", "import time; time.sleep(60)"], run, "cpu", 1) as attempt:
+        assert not attempt.kill()
+    with faults.Attempt([sys.executable, "-c", "import time; time.sleep(60)"], run, "cpu", 1) as attempt:
+        assert not attempt.wait(attempt.begin)
+    assert attempt.process.returncode == -9
     attempt = faults.Attempt([sys.executable, "-c", ""], tmp_path / "other", "cpu", 1)
     assert attempt.wait(time.monotonic() + 30) and not attempt.kill()
 

@@ -267,13 +267,14 @@ def test_wrong_checkpoints(road: Road, refusal: Refusal, tmp_path: Path) -> None
     assert "which does not exist" in refusal("rollout", tmp_path / "none", field, out)
     assert "without a readable checkpoint.json" in refusal("encode", tmp_path, field, out)
     damaged = Path(shutil.copytree(road.autoencoder, tmp_path / "damaged"))
-    (damaged / "step-000006" / "model.safetensors").write_bytes(b"torn")
-    assert "Expected a readable safetensors file" in refusal("encode", damaged, field, out)
-    assert "Expected a readable safetensors file" in refusal("info", damaged)
+    for file in damaged.glob("step-*/model.safetensors"):
+        file.write_bytes(b"torn")
+    assert "model.safetensors, got 4; copy it again" in refusal("encode", damaged, field, out)
+    assert "model.safetensors, got 4; copy it again" in refusal("info", damaged / "step-000006")
     wider = arguments("autoencoder", road.inputs("autoencoder"), damaged, "autoencoder.widths=[16,16]")
-    assert "Expected a readable safetensors file" in refusal("train", *wider)
+    assert "None of the 3 there is whole, and nothing was removed" in refusal("train", *wider)
     shutil.copytree(road.autoencoder, damaged, dirs_exist_ok=True)
-    assert "Expected weights that fit the model described in" in refusal("train", *wider)
+    assert "Expected the model of the checkpoints in" in refusal("train", *wider)
     assert not out.exists()
 
 
@@ -341,12 +342,12 @@ def test_existing_targets_are_kept(road: Road, rolled: Path, refusal: Refusal) -
 def test_an_interrupt_has_status_130(
     road: Road, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from latentphys.training import Trainer
+    from latentphys.training.guards import Guard
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Trainer, "_check", interrupted)
+    monkeypatch.setattr(Guard, "verdict", interrupted)
     assert main(["train", *arguments("dynamics", road.inputs("dynamics"), tmp_path / "run")]) == 130
     assert "latentphys train: interrupted" in capsys.readouterr().err
 

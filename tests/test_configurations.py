@@ -55,8 +55,7 @@ def test_autoencoders(name: str) -> None:
 @pytest.mark.parametrize("router", choices("router"))
 @pytest.mark.parametrize("name", choices("dynamics"))
 def test_dynamics_with_every_router(name: str, router: str) -> None:
-    experts = ["router.num_experts=1"] if router == "dense" else []
-    config = compose("train", [*TRAIN, f"dynamics={name}", f"router={router}", *experts])
+    config = compose("train", [*TRAIN, f"dynamics={name}", f"router={router}"])
     arguments = {"latent_channels": 16, "condition_channels": 3, "geometry_channels": 16}
     if name == "tiny":
         assert isinstance(build(config["dynamics"], **arguments), LatentTransformer)

@@ -83,19 +83,28 @@ def _train(planned: Planned, settings: Settings) -> None:
 @pytest.mark.parametrize(
     ("make", "settings", "tolerance"),
     [
-        (dynamics(*WIDE), Settings(4), 0.01),
-        (dynamics(*WIDE, "dynamics_training.unroll=2"), Settings(4, accumulate=2, ema=True), 0.01),
-        (dynamics(*WIDE), Settings(4, bf16=True), 0.01),
-        (dynamics(*WIDE), Settings(4, recompute=True), 0.01),
-        (dynamics(*WIDE, "experiment=dense"), Settings(4), 0.01),
-        (dynamics(*WIDE, "experiment=moe_pot", shape=(2, 2, 2)), Settings(1, optimizer="soap"), 0.01),
+        pytest.param(dynamics(*WIDE), Settings(4), 0.01, id="top-1"),
+        pytest.param(
+            dynamics(*WIDE, "dynamics_training.unroll=2"),
+            Settings(4, accumulate=2, ema=True),
+            0.01,
+            id="unrolled, accumulated, averaged",
+        ),
+        pytest.param(dynamics(*WIDE), Settings(4, bf16=True), 0.01, id="bf16"),
+        pytest.param(dynamics(*WIDE), Settings(4, recompute=True), 0.01, id="recomputed"),
+        pytest.param(dynamics(*WIDE, "experiment=dense"), Settings(4), 0.01, id="dense"),
+        pytest.param(
+            dynamics(*WIDE, "experiment=moe_pot", shape=(2, 2, 2)),
+            Settings(1, optimizer="soap"),
+            0.01,
+            id="top-k, few tokens, soap",
+            marks=pytest.mark.slow,
+        ),
         # The allocator does not see the work space of convolutions.
-        (autoencoder(), Settings(2), 0.1),
-        (autoencoder(), Settings(2, recompute=True), 0.1),
+        pytest.param(autoencoder(), Settings(2), 0.1, id="fields"),
+        pytest.param(autoencoder(), Settings(2, recompute=True), 0.1, id="fields, recomputed", marks=pytest.mark.slow),
     ],
-    ids=["top-1", "unrolled, accumulated, averaged", "bf16", "recomputed", "dense", "top-k, few tokens, soap", "fields", "fields, "
-         "recomputed"],
-)  # fmt: skip
+)
 def test_memory_is_that_of_real_steps(make: Callable[[], Planned], settings: Settings, tolerance: float) -> None:
     if settings.optimizer == "soap":
         pytest.importorskip("pytorch_optimizer")

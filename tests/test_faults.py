@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-import zarr
 from safetensors.torch import load_file
 from small import Road, arguments, train
 

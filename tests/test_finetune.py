@@ -19,7 +19,13 @@ from latentphys.rollout import rollout_store
 from latentphys.training import checkpoint, encode_store, load_autoencoder, load_dynamics, open_checkpoint
 from latentphys.training.finetune import FineTuning, merge_checkpoint, prepare, prepare_autoencoder, save_autoencoder
 from latentphys.training.models import autoencoder_extra, new_dynamics
-from latentphys.transformer.conditioning import Conditioning, Parameter, latent_geometry, store_parameters
+from latentphys.transformer.conditioning import (
+    Conditioning,
+    Parameter,
+    WidenedLinear,
+    latent_geometry,
+    store_parameters,
+)
 from latentphys.transformer.dynamics import Dynamics
 
 TRAIN = [0, 1, 2]
@@ -361,6 +367,7 @@ def test_parameters_that_cannot_enter_as_they_did_are_refused(one: OneFamily, tm
     assert known.extended([one.fields["open_channel"]]) == known
     wider = known.extended([one.fields["porous"]])
     assert wider.added == [1] and wider.first_channels == known.num_channels == wider.num_channels - 1
+    assert wider.parameters[:-1] == known.parameters and wider.parameters[-1].name == "porosity"
     assert Conditioning.from_dict(json.loads(json.dumps(wider.to_dict()))) == wider
     zarr.open_array(str(damaged / "parameters" / "viscosity"), mode="r+")[0] = -1.0
     with pytest.raises(ValueError, match="a positive parameter 'viscosity', as the model knows it, got -1 in .*porous"):
@@ -379,3 +386,19 @@ def test_a_router_of_functions_cannot_take_new_parameters(one: OneFamily, tmp_pa
     ):
         one.tuned(FineTuning(path), ["porous"])
     one.tuned(FineTuning(path), ["open_channel"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_new_numbers_that_are_zero_leave_every_bit_of_a_linear_map(dtype: torch.dtype) -> None:
+    """One product over all of them would not: it adds up in another order."""
+    inner = torch.nn.Linear(5, 32).to(dtype)
+    wide = WidenedLinear(inner, 3).to(dtype)
+    assert not wide.added.weight.any()
+    torch.nn.init.normal_(wide.added.weight)
+    for number in range(1, 8):
+        x = torch.randn(number, 5, dtype=dtype)
+        assert torch.equal(wide(torch.cat([x, torch.zeros(number, 3, dtype=dtype)], 1)), inner(x))
+        y = torch.randn(number, 3, dtype=dtype)
+        torch.testing.assert_close(
+            wide(torch.cat([x, y], 1)) - inner(x), y @ wide.added.weight.mT, rtol=1e-4, atol=1e-5
+        )

@@ -151,6 +151,21 @@ def test_a_merged_model_has_the_same_bits_and_can_grow_again() -> None:
     assert int(model(*samples(torch.float32, number=8), PERIODIC, "third").routings[0].ids.max()) >= 8
 
 
+def test_idle_experts_do_not_change_how_busy_ones_round() -> None:
+    """On as many threads as make an unfilled group of the last busy experts."""
+    few, many = Experts(7, 16, 64), Experts(10, 16, 64)
+    ends = torch.tensor([10, 20, 30, 40, 50, 60, 67], dtype=torch.int32)
+    x, before = torch.randn(67, 16), torch.get_num_threads()
+    with torch.no_grad():
+        for name, weight in few.named_parameters():
+            many.get_parameter(name)[:7] = weight
+        torch.set_num_threads(5)
+        try:
+            assert torch.equal(many(x, torch.cat([ends, ends[-1:].repeat(3)])), few(x, ends))
+        finally:
+            torch.set_num_threads(before)
+
+
 def test_a_frozen_router_keeps_its_weights_and_its_bias() -> None:
     router = SemanticTop1(16, num_experts=4)
     router.freeze()

@@ -16,7 +16,7 @@ from latentphys.cli import main
 from latentphys.data import open_store
 from latentphys.rollout import rollout_store
 from latentphys.routers import Experts, LazyExperts, dispatch, load_lazily
-from latentphys.training import load_dynamics, open_checkpoint
+from latentphys.training import load_dynamics, manifest, open_checkpoint
 from latentphys.transformer.dynamics import Dynamics
 
 E, D, F = 6, 16, 24
@@ -207,6 +207,8 @@ def rewrite(file: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file)
+    if (file.parent / manifest.NAME).is_file():
+        manifest.seal(file.parent, {key: value for key, value in manifest.read(file.parent).items() if key != "sha256"})
 
 
 W_IN = "transformer.blocks.1.feed_forward.experts.w_in_EDG"
@@ -250,6 +252,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda p: p.write_bytes(b""), "Expected a readable safetensors file, got"),
     "a folder": (_folder, "Expected a readable safetensors file, got"),
 }
+"""What is done to the weights, and what a model that is loaded already says of it."""
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -259,11 +262,12 @@ def test_a_damaged_file_is_one_clear_error_whenever_it_is_met(
     run = Path(shutil.copytree(runs["tree"], tmp_path / "run"))
     dynamics, _ = load_dynamics(run, max_resident_experts=1)
     spoil, message = DAMAGE[damage]
-    spoil(open_checkpoint(run).path / "model.safetensors")
+    path = open_checkpoint(run).path
+    spoil(path / "model.safetensors")
     with pytest.raises(ValueError, match=message):
         dynamics(*inputs(dynamics))
-    with pytest.raises(ValueError, match=message):
-        load_dynamics(run, max_resident_experts=1)
+    with pytest.raises(ValueError, match=r"^Expected .*model\.safetensors, got .*; copy it again"):
+        load_dynamics(path, max_resident_experts=1)
 
 
 def test_weights_are_never_mixed_with_those_of_a_later_checkpoint(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from latentphys.routers import Experts, TopK
+from latentphys.routers.growth import grow
 from latentphys.training import checkpoint, lora, open_checkpoint
 from latentphys.training.sharding import clip_grad_norm, shard
 from latentphys.transformer.model import LatentTransformer
@@ -33,6 +34,16 @@ def new_model(mixer: str = "attention", adapted: bool = True, dtype: torch.dtype
     if adapted:
         lora.add(model, RANK, alpha=6)
     return model.to(dtype)
+
+
+def new_grown(dtype: torch.dtype) -> LatentTransformer:
+    """The same with two more experts per layer, which alone train."""
+    model = new_model(adapted=False).requires_grad_(False)
+    grow(model, 2)
+    return model.to(dtype)
+
+
+SHARDED = {"lora": partial(new_model, dtype=torch.float64), "experts": partial(new_grown, torch.float64)}
 
 
 def samples(seed: int, dtype: torch.dtype) -> list[Tensor]:
@@ -182,13 +193,14 @@ def work(rank: int, port: int, folder: Path) -> None:
     """What each of two processes does with a sharded model."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=RANKS)
-    model = new_model(dtype=torch.float64)
-    shard(model)
-    optimizer = new_optimizer(model)
-    train(model, optimizer, range(3), rank, RANKS)
-    checkpoint.save(folder / "two", kind="dynamics", model=model, config={}, extra={}, step=3, optimizer=optimizer)
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    assert frozen and all(isinstance(p, DTensor) and p.grad is None for p in frozen)
+    for way, make in SHARDED.items():
+        model = make()
+        shard(model)
+        optimizer = new_optimizer(model)
+        train(model, optimizer, range(3), rank, RANKS)
+        checkpoint.save(folder / way, kind="dynamics", model=model, config={}, extra={}, step=3, optimizer=optimizer)
+        frozen = [p for p in model.parameters() if not p.requires_grad]
+        assert frozen and all(isinstance(p, DTensor) and p.grad is None for p in frozen)
     save_file({"done": torch.ones(1)}, folder / f"rank{rank}.safetensors")
     dist.barrier()
     dist.destroy_process_group()
@@ -202,13 +214,14 @@ def test_two_processes_that_share_the_model_train_it_as_one(tmp_path: Path) -> N
     processes = [context.Process(target=work, args=(rank, port, tmp_path)) for rank in range(RANKS)]
     for process in processes:
         process.start()
-    model = new_model(dtype=torch.float64)
-    train(model, new_optimizer(model), range(3))
     for process in processes:
         process.join(timeout=120)
         assert process.exitcode == 0
     assert sorted(path.name for path in tmp_path.glob("rank*")) == ["rank0.safetensors", "rank1.safetensors"]
-    stored, state = load_file(tmp_path / "two" / "model.safetensors"), model.state_dict()
-    assert set(stored) == set(state)
-    for name, tensor in stored.items():
-        torch.testing.assert_close(tensor, state[name], rtol=1e-12, atol=1e-12)
+    for way, make in SHARDED.items():
+        model = make()
+        train(model, new_optimizer(model), range(3))
+        stored, state = load_file(tmp_path / way / "model.safetensors"), model.state_dict()
+        assert set(stored) == set(state)
+        for name, tensor in stored.items():
+            torch.testing.assert_close(tensor, state[name], rtol=1e-12, atol=1e-12)

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 from statistics import mean
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ from safetensors.torch import load_file
 from small import Road, configuration, train
 
 from latentphys.data import open_store
-from latentphys.training import open_checkpoint
+from latentphys.training import hardware, open_checkpoint
 from latentphys.training.estimate import Settings, estimate
 from latentphys.training.meter import Meter
+from latentphys.training.models import build
 from latentphys.training.planned import plan
 
 KINDS = ("autoencoder", "dynamics")
@@ -103,3 +105,18 @@ def test_passes_of_a_step_are_the_step(road: Road, tmp_path: Path) -> None:
     assert math.isclose(one["gradient_norm"], four["gradient_norm"], rel_tol=1e-5)
     assert one["routing"][0]["load"] == four["routing"][0]["load"]
     assert math.isclose(one["loss"], four["loss"], rel_tol=1e-6)
+
+
+def test_a_run_that_does_not_fit_is_refused(road: Road, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As before every run on a GPU; the same model on a larger one is taken."""
+    stores = [open_store(path) for path in road.inputs("dynamics")]
+    config = configuration("dynamics", road.inputs("dynamics"), tmp_path / "run", "trainer.batch_size=4")
+    trainer, task = build(config["trainer"]), SimpleNamespace(stores=lambda: stores)
+    needed = estimate(lambda: plan(config, stores[0]), Settings.of(config["trainer"])).memory().total
+    monkeypatch.setattr(hardware, "available_memory", lambda: needed - 1)
+    with pytest.raises(
+        ValueError, match=r"Expected at most .* for each process, got a need of .*trainer\.accumulate=4"
+    ):
+        trainer.check_memory(task, config, 1, False)
+    monkeypatch.setattr(hardware, "available_memory", lambda: needed)
+    trainer.check_memory(task, config, 1, False)

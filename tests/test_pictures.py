@@ -149,7 +149,8 @@ def test_flat_boxes_are_seen_along_their_thin_axis(flat_road: Road, task: Build,
     samples = {s.label.partition(",")[0]: s for s in (pictures._sample(model, number) for number in range(2))}
     assert {name: pictures._normal(sample) for name, sample in samples.items()} == {"mhd": 2, "convection": 1}
     figure = pictures._draw(list(samples.values()), "")
-    assert np.shape(figure.subfigs[0].axes[0].images[0].get_array()) == (16, 16)
+    image: Any = figure.subfigs[0].axes[0].images[0].get_array()
+    assert image.shape == (16, 16)
     assert pictures.sample_picture(model, tmp_path, 3).is_file()
 
 

@@ -17,7 +17,7 @@ import zarr
 from torch import nn
 
 from latentphys.data import Store, open_store
-from latentphys.families import ReactionDiffusion, simulate
+from latentphys.families import MHD, simulate
 from latentphys.training import checkpoint, open_checkpoint, provenance
 from latentphys.training.run_directory import RunDirectory, is_held
 from latentphys.training.run_log import RunLog, read_log
@@ -36,7 +36,8 @@ CONFIG: dict[str, Any] = {
 def stores(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("stores")
     for seed in range(2):
-        simulate(ReactionDiffusion(), folder / f"{seed}.zarr", (8, 8, 1), num_trajectories=1, num_frames=2, seed=seed)
+        path = folder / f"{seed}.zarr"
+        simulate(MHD(spin_up=0.01), path, shape=(16, 16, 1), num_trajectories=1, num_frames=2, seed=seed)
     return [folder / "0.zarr", folder / "1.zarr"]
 
 
@@ -92,17 +93,20 @@ def test_two_processes_cannot_own_one_run(tmp_path: Path) -> None:
     listen, ready = os.pipe()
     child = os.fork()
     if child == 0:
-        RunDirectory(run, True).acquire()
+        owner = RunDirectory(run, True)
+        owner.acquire()
         os.write(ready, b"!")
         signal.pause()
-    assert select.select([listen], [], [], 30)[0]
-    assert is_held(run) is True
-    with pytest.raises(ValueError, match=rf"nobody else to write to .*run, got a live process \({child} on"):
-        RunDirectory(run, True).acquire()
-    with RunDirectory(run, False):  # other processes of the run that owns it
-        pass
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    try:
+        assert select.select([listen], [], [], 30)[0]
+        assert is_held(run) is True
+        with pytest.raises(ValueError, match=rf"nobody else to write to .*run, got a live process \({child} on"):
+            RunDirectory(run, True).acquire()
+        with RunDirectory(run, False):  # other processes of the run that owns it
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     assert is_held(run) is False
     with RunDirectory(run, True):
         assert is_held(run) is True
@@ -328,6 +332,7 @@ def test_a_damaged_checkpoint_does_not_push_out_a_good_one(tmp_path: Path) -> No
     assert open_checkpoint(run).step == 6 and len(names(run)) == 4
 
 
+@pytest.mark.filterwarnings("ignore:Damaged")
 def test_damaged_checkpoints_are_put_aside_and_the_run_goes_on(tmp_path: Path) -> None:
     run = tmp_path / "run"
     directory = begun(run, keep=3)
@@ -395,7 +400,7 @@ def test_a_disk_that_would_fill_is_met_before_training(tmp_path: Path, monkeypat
     directory = begun(run, keep=3)
     directory.save(1, writer(1))
     own = sum(file.stat().st_size for file in (run / "step-000001").rglob("*"))
-    usage = shutil._ntuple_diskusage(10**9, 0, 5 * 1000 - own)  # type: ignore[attr-defined]
+    usage = shutil._ntuple_diskusage(10**9, 0, 5 * 1000 - own)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     directory.check_space(1000)
     with pytest.raises(

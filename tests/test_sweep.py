@@ -237,13 +237,17 @@ def command(road: Road, out: Path, *rest: str) -> list[str]:
     return [*start, *MODEL["dynamics"], *(text for text in TRAINER if "num_steps" not in text), *rest]
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_and_goes_on(road: Road, tmp_path: Path) -> None:
     """Real runs: the second is the weights that training alone gives, the third fails, and a second sweep skips."""
     settings = ["trainer.num_steps=2", "router=top1", "dynamics.depth=2,3,0"]
     ended = subprocess.run(command(road, tmp_path / "s", *settings), capture_output=True, text=True, timeout=200)
     assert ended.returncode == 1, ended.stderr
-    assert ended.stderr.split()[-4:-2] != [] and "failed    dynamics.depth=0" in ended.stderr
-    assert "depth" in ended.stdout and len(ended.stdout.splitlines()) == 3
+    assert "failed    dynamics.depth=0" in ended.stderr and "Expected depth ≥ 1, got 0" in ended.stderr
+    assert [line.split()[:2] for line in ended.stdout.splitlines()[1:]] == [
+        ["dynamics.depth=2", "done"],
+        ["dynamics.depth=3", "done"],
+    ]
     config = configuration(
         "dynamics", [road.latents["open_channel"]], tmp_path / "alone", *settings[:2], "dynamics.depth=3"
     )

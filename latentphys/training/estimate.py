@@ -2,8 +2,8 @@
 
 Forward and backward pass are followed through one process that has the whole model (`trace`). What strategies make of
 that is arithmetic: who keeps which part, and what is gathered for the time being. Not counted are what libraries and
-allocators take for themselves (a CUDA context, fragmentation, work space of convolutions), batches read ahead, and the
-solves round voxels, which keep a few more fields.
+allocators take for themselves (a CUDA context, fragmentation, work space of convolutions), batches read ahead, the
+solves round voxels, which keep a few more fields, and SOAP turning its basis in every tenth step.
 """
 
 from __future__ import annotations

@@ -95,6 +95,8 @@ class Loop:
             return batch
         if self.saved < self.done:
             self._save()
+        # Launchers kill the processes that outlive the first by some seconds: none ends before all is written.
+        self.accelerator.wait_for_everyone()
         where = f"the run is saved at step {self.done}"
         if number == signal.SIGINT:
             raise KeyboardInterrupt

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +12,9 @@ from torch import Tensor
 from latentphys.data import Batch
 from latentphys.progress import progress_bar
 from latentphys.training import trackers
-from latentphys.training.estimate import Settings, estimate
+from latentphys.training.estimate import sample_cost
 from latentphys.training.hardware import peak_flops
 from latentphys.training.meter import Meter
-from latentphys.training.planned import plan
 from latentphys.training.run_directory import RunDirectory
 from latentphys.training.tasks import Task
 from latentphys.training.throughput import Throughput
@@ -108,4 +106,4 @@ class Monitor:
 
 def _flops(task: Task, about: Mapping[str, Any]) -> list[int]:
     """FLOPs of training on one sample of each store."""
-    return [estimate(partial(plan, about, store), Settings(batch_size=1)).flops_per_sample for store in task.stores()]
+    return [sample_cost(about, store)[1] for store in task.stores()]

@@ -105,7 +105,7 @@ def _sample(task: Task, number: int) -> Sample:
     now = start + (task.dynamics.num_frames - 1) * task.test_windows.stride
     before, after = source[trajectory, now], source[trajectory, now + task.test_windows.stride]
     latent = _answer(task, task.dynamics, batch).latent
-    autoencoder = task._autoencoder[0]
+    autoencoder = task.autoencoder
     device = next(autoencoder.parameters()).device
     with torch.no_grad():
         flux = autoencoder.decode(latent.float().to(device), after.geometry, source.family)

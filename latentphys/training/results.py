@@ -137,7 +137,10 @@ def show(rows: Sequence[Row]) -> None:
         table.add_column(name, justify="right" if is_figure(name) or name == "step" else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(row, name) for name in columns))
-    Console().print(table, markup=False)
+    console = Console()
+    if not console.is_terminal:  # a file has no margin
+        console.width = 10_000
+    console.print(table, markup=False)
 
 
 def _cell(row: Row, name: str) -> str:

@@ -113,6 +113,7 @@ class RunDirectory:
             warnings.warn(f"{self.path} goes on with other settings: {_listed(loud)}.", stacklevel=2)
         if not resume:
             self._clear()
+        self.path.mkdir(parents=True, exist_ok=True)
         for folder in checkpoint.steps(self.path):
             restore(folder)
         for pattern in (".step-*.partial", ".step-*.gone"):

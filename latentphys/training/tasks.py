@@ -260,8 +260,9 @@ class DynamicsTask(Task):
         return Output(loss, figures, usage)
 
     @property
-    def compression(self) -> int:
-        return self._autoencoder[0].compression
+    def autoencoder(self) -> Autoencoder:
+        """The model that made the latents."""
+        return self._autoencoder[0]
 
     @torch.no_grad()
     def _fit_tree(self, most: int = 1024) -> None:
@@ -282,7 +283,7 @@ class DynamicsTask(Task):
         tree.fit(torch.cat(rows))
 
     def _geometry(self, source: Store, batch: Batch) -> Tensor:
-        return torch.cat([_latent_geometry(source, int(i), self.compression) for i in batch.trajectories])
+        return torch.cat([_latent_geometry(source, int(i), self.autoencoder.compression) for i in batch.trajectories])
 
     def _condition(self, source: Store, batch: Batch, offset: int, stride: int) -> Tensor:
         rows = []
@@ -324,7 +325,7 @@ class DynamicsTask(Task):
         average: Mapping[str, Tensor] | None,
         state: Mapping[str, Any],
     ) -> None:
-        autoencoder = self._autoencoder[0]
+        autoencoder = self.autoencoder
         checkpoint.save(
             path,
             kind=self.kind,

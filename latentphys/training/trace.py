@@ -113,7 +113,7 @@ class Recorder(TorchDispatchMode):
 
     Args:
         phase: says last what runs now; the caller changes it on the way.
-        model: whose weights are there before.
+        model: whose experts are told from other weights.
     """
 
     def __init__(self, phase: list[str], model: nn.Module) -> None:
@@ -124,8 +124,6 @@ class Recorder(TorchDispatchMode):
         self.numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         experts = [module for module in model.modules() if isinstance(module, Experts)]
         self.of_experts = {id(weight) for layer in experts for weight in layer.parameters()}
-        for tensor in (*model.parameters(), *model.buffers()):
-            self.numbers[tensor.untyped_storage()] = -1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

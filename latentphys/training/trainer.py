@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from latentphys.training.strategy import STRATEGIES, new_strategy
 from latentphys.training.tasks import Task
 
 PRECISIONS = (None, "no", "bf16")
+_MOMENTS = {"adamw": 2, "soap": 6}
+"""Bytes that an optimiser keeps for a byte of weights, about."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,8 @@ class Trainer:
                 f"times {self.accumulate} passes each, got {self.batch_size}."
             )
         task.train_windows.check_batch(self.batch_size)
+        if accelerator.device.type == "cuda":
+            self.check_memory(task, about, accelerator.num_processes, accelerator.mixed_precision == "bf16")
         agreement = Agreement()
         with Signals() as signals, RunDirectory(run, accelerator.is_main_process) as directory:
             directory.begin(about, task.stores(), resume, self.keep)
@@ -168,6 +172,8 @@ class Trainer:
             strategy = new_strategy(self.strategy, accelerator, task, self.expert_parallel)
             optimizer = new_optimizer(self.optimizer, task.model(), self.learning_rate, self.weight_decay)
             average = None if self.ema is None else EMA(task.model(), self.ema)
+            weights = sum(tensor.nbytes for tensor in task.model().state_dict().values())
+            directory.check_space(weights * (1 + _MOMENTS[self.optimizer] + (average is not None)))
             loop = Loop(self, task, strategy, optimizer, average, directory, agreement, signals, accelerator, about)
             try:
                 if found is not None:
@@ -179,6 +185,20 @@ class Trainer:
         accelerator.wait_for_everyone()
         accelerator.end_training()
         return directory.path_of(loop.done)
+
+    def check_memory(self, task: Task, about: Mapping[str, Any], num_processes: int, bf16: bool) -> None:
+        """Refuse a run that does not fit a processor's memory, before anything is on it.
+
+        Raises:
+            ValueError: what is needed and there, and what remedies would need.
+        """
+        from latentphys.training.estimate import Settings, check_fit, estimate, remedies
+        from latentphys.training.hardware import available_memory
+        from latentphys.training.planned import plan
+
+        settings = replace(Settings.of(about["trainer"], num_processes), bf16=bf16)
+        make = partial(plan, about, max(task.stores(), key=lambda store: store.grid.num_cells))
+        check_fit(estimate(make, settings).memory(), available_memory(), lambda: remedies(make, settings))
 
     def _accelerator(self, run: Path) -> Any:
         from accelerate import Accelerator
