@@ -10,7 +10,7 @@ launcher included, at a random moment of its start-up or, most of the time, of i
 command is given again, and killed again, until the run comes to its end. Its last checkpoint must hold the same tensors
 and the same state as that of the undisturbed run, bit for bit, and its log the same figures.
 
-A kill counts where the run was alive and not yet done. Exit status 1: a run came out otherwise, or not at all.
+A kill counts where the run was alive and not yet done, and a run where it was killed at least once. Exit status 1: a run came out otherwise, or not at all.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ MODELS = {
 TRAINER = {
     "batch_size": 4,
     "accumulate": 2,
-    "ema": 0.9,
+    "ema": 0.5,
     "warmup": 5,
-    "learning_rate": 3e-4,
-    "spike": 1.02,  # steps are skipped for next to nothing
+    "learning_rate": 3e-3,  # high enough for tests that get worse again, so that the best is not the last
+    "spike": 1.01,  # steps are skipped for next to nothing
     "max_skipped": 100,
     "log_every": 1,
-    "test_every": 8,
+    "test_every": 4,
     "test_batches": 1,
 }
 OPTIMIZERS = {("autoencoder", 1): "soap", ("dynamics", 2): "soap"}
@@ -200,7 +200,8 @@ def run(arguments: argparse.Namespace) -> int:
             path = folder / f"killed-{number}"
             before, begin = tally.phases.copy(), time.monotonic()
             reason = disturbed(case, path, tally, draw, arguments)
-            tally.identical.append(reason is None)
+            if reason or tally.phases != before:  # one that was never hit proves nothing
+                tally.identical.append(reason is None)
             tally.corrupt += len(list(path.glob("corrupt-*")))
             about = {"kills": dict(tally.phases - before), "seconds": time.monotonic() - begin}
             results.add(f"run {number}: {case.kind} {case.processes}", about | {"differs": reason or "in nothing"})
@@ -228,7 +229,7 @@ def main() -> int:
     options.set_defaults(threads=1)
     options.add_argument("--kills", type=int, default=20, help="(default %(default)s)")
     options.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="(default 1 2)")
-    options.add_argument("--steps", type=int, default=60, help="steps of each run (default %(default)s)")
+    options.add_argument("--steps", type=int, default=80, help="steps of each run (default %(default)s)")
     options.add_argument("--seed", type=int, default=0, help="of the moments (default %(default)s)")
     options.add_argument("--folder", type=Path, help="where the runs go for a while (default: temporary)")
     arguments = options.parse_args()

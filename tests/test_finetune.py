@@ -402,3 +402,33 @@ def test_new_numbers_that_are_zero_leave_every_bit_of_a_linear_map(dtype: torch.
         torch.testing.assert_close(
             wide(torch.cat([x, y], 1)) - inner(x), y @ wide.added.weight.mT, rtol=1e-4, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("way", ["lora", "experts"])
+def test_the_commands_tune_a_model_and_go_on_with_a_run_that_stopped(one: OneFamily, tmp_path: Path, way: str) -> None:
+    """Frozen weights keep every bit, trained ones move, and so does their average; a stop in between changes no bit."""
+    settings = [f"finetune.{name}={value}" for name, value in {"checkpoint": one.dynamics["top1"], **WAYS[way]}.items()]
+    settings += ["trainer.ema=0.5", "trainer.num_steps=6", "trainer.schedule=constant"]
+    stores = [one.latents["porous"].path]
+    whole = train("dynamics", stores, tmp_path / "whole", *settings)
+    train("dynamics", stores, tmp_path / "run", *settings, "trainer.num_steps=3")
+    last = train("dynamics", stores, tmp_path / "run", *settings)
+    found = {}
+    for name in ("model", "ema", "optimizer"):
+        found[name], expected = load_file(last / f"{name}.safetensors"), load_file(whole / f"{name}.safetensors")
+        assert set(found[name]) == set(expected) and all(torch.equal(found[name][k], expected[k]) for k in expected)
+    before = load_file(open_checkpoint(one.dynamics["top1"]).path / "model.safetensors")
+    tuned = {key.rpartition(".parametrizations.")[0] for key in found["model"] if ".parametrizations." in key}
+    kept = [key for key in before if key in found["model"] and "bias_E" not in key]
+    assert tuned and len(kept) > 20 and all(torch.equal(before[key], found["model"][key]) for key in kept)
+    assert any(not torch.equal(found["model"][key], found["ema"][key]) for key in found["model"])
+    merged, _ = load_dynamics(last)
+    assert {"porous", "open_channel"} <= set(merged.intervals)
+
+
+def test_the_command_adds_scales_to_an_autoencoder(one: OneFamily, tmp_path: Path) -> None:
+    settings = [f"finetune.checkpoint={one.autoencoder}", "finetune.adapt=scales"]
+    last = train("autoencoder", [one.fields["porous"].path], tmp_path / "run", *settings)
+    assert set(load_autoencoder(last).scales) == {"open_channel", "porous"}
+    with pytest.raises(ValueError, match=r"Expected adapt = full \| scales for a model of kind 'autoencoder', got"):
+        train("autoencoder", [one.fields["porous"].path], tmp_path / "other", settings[0], "finetune.adapt=lora")

@@ -4,8 +4,8 @@ import json
 import math
 from pathlib import Path
 from statistics import mean
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -14,10 +14,11 @@ from small import Road, configuration, train
 
 from latentphys.data import open_store
 from latentphys.training import hardware, open_checkpoint
-from latentphys.training.estimate import Settings, estimate
+from latentphys.training.estimate import Settings, estimate, sample_cost
 from latentphys.training.meter import Meter
 from latentphys.training.models import build
 from latentphys.training.planned import plan
+from latentphys.training.tasks import Task
 
 KINDS = ("autoencoder", "dynamics")
 
@@ -46,9 +47,9 @@ def test_a_run_logs_rates_and_shows_everything_to_trackers(road: Road, tmp_path:
     told = [line for line in lines(run) if "samples_per_s" in line]
     assert [line["step"] for line in told] == [4, 8]
     config = configuration(kind, road.inputs(kind), run)
-    each = [estimate(lambda path=path: plan(config, open_store(path)), Settings(1)) for path in road.inputs(kind)]
+    each = [sample_cost(config, open_store(path)) for path in road.inputs(kind)]
     # Both families come twice in four steps.
-    tokens, flops = (mean(getattr(e, name) for e in each) for name in ("tokens_per_sample", "flops_per_sample"))
+    tokens, flops = (mean(values) for values in zip(*each, strict=True))
     for line in told:
         assert line["tokens_per_s"] == pytest.approx(tokens * line["samples_per_s"])
         assert line["mfu"] == pytest.approx(flops * line["samples_per_s"] / 1e12)
@@ -111,7 +112,7 @@ def test_a_run_that_does_not_fit_is_refused(road: Road, tmp_path: Path, monkeypa
     """As before every run on a GPU; the same model on a larger one is taken."""
     stores = [open_store(path) for path in road.inputs("dynamics")]
     config = configuration("dynamics", road.inputs("dynamics"), tmp_path / "run", "trainer.batch_size=4")
-    trainer, task = build(config["trainer"]), SimpleNamespace(stores=lambda: stores)
+    trainer, task = build(config["trainer"]), MagicMock(Task, stores=lambda: stores)
     needed = estimate(lambda: plan(config, stores[0]), Settings.of(config["trainer"])).memory().total
     monkeypatch.setattr(hardware, "available_memory", lambda: needed - 1)
     with pytest.raises(

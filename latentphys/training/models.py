@@ -132,7 +132,7 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
     checkpoint = open_checkpoint(path, "autoencoder")
     _check_classes(checkpoint.config, checkpoint.path)
     model: Autoencoder = build(checkpoint.config, scales=checkpoint_scales(checkpoint))
-    checkpoint.load_into(model)
+    checkpoint.load_into(model, ema=True)
     return model.eval()
 
 
@@ -208,7 +208,7 @@ def load_dynamics(path: str | Path, max_resident_experts: int | None = None) -> 
         model = new_dynamics(*arguments)
         if adaptation is not None:
             adapt(model, adaptation)
-        checkpoint.load_into(model)
+        checkpoint.load_into(model, ema=True)
         lora.merge(model)
         model.adaptation = None
     elif adaptation is not None:
@@ -219,7 +219,7 @@ def load_dynamics(path: str | Path, max_resident_experts: int | None = None) -> 
     else:
         with torch.device("meta"):
             model = new_dynamics(*arguments)
-        load_lazily(model, checkpoint.path / "model.safetensors", max_resident_experts)
+        load_lazily(model, checkpoint.weights(ema=True), max_resident_experts)
     return model.eval(), load_autoencoder(checkpoint.path / "autoencoder")
 
 

@@ -14,6 +14,7 @@ from latentphys.data import Store, Windows, open_store, split
 from latentphys.rollout import num_intervals
 from latentphys.routers import AuxiliaryLosses, BiasBalance
 from latentphys.training.checkpoint import LAST, Checkpoint, open_checkpoint
+from latentphys.training.finetune import FineTuning, prepare, prepare_autoencoder, save_autoencoder
 from latentphys.training.models import build, checkpoint_scales, load_autoencoder, new_autoencoder, new_dynamics
 from latentphys.training.tasks import AutoencoderTask, DynamicsTask
 from latentphys.training.trainer import Trainer
@@ -32,16 +33,18 @@ def train_autoencoder(config: Config) -> Path:
     train, test = _split(stores, config["held_out"])
     windows = Windows(stores, "velocity", 1, trajectories=train, weights=config["weights"])
     windows.check_batch(trainer.batch_size)
-    before = _checkpoint(config, "autoencoder")
-    if before is None:
-        model = new_autoencoder(config["autoencoder"], stores, train)
-        model.fit_patches(
-            {store.family: (store.grid, _sample(store, chosen)) for store, chosen in zip(stores, train, strict=True)}
-        )
+    before, tuning, run = _checkpoint(config, "autoencoder"), _finetuning(config), Path(config["run"])
+    scales = None if before is None else checkpoint_scales(before)
+    if tuning is not None:
+        model, model_config = prepare_autoencoder(tuning, stores, train, scales)
+        if tuning.adapt == "scales":
+            return save_autoencoder(run, model, model_config)
     else:
-        model = new_autoencoder(config["autoencoder"], stores, scales=checkpoint_scales(before))
-        for store in stores:
-            model.scale(store.family).check(store.grid)
+        model, model_config = new_autoencoder(config["autoencoder"], stores, train, scales), config["autoencoder"]
+        if before is None:
+            model.fit_patches({s.family: (s.grid, _sample(s, chosen)) for s, chosen in zip(stores, train, strict=True)})
+    for store in stores:
+        model.scale(store.family).check(store.grid)
     if config["cache"]:
         windows.hold()
     task = AutoencoderTask(
@@ -49,15 +52,16 @@ def train_autoencoder(config: Config) -> Path:
         loss,
         windows,
         Windows(stores, "velocity", 1, trajectories=test),
-        config["autoencoder"],
+        model_config,
         config["loss_weights"],
     )
-    return trainer.fit(task, Path(config["run"]), config, config["resume"])
+    return trainer.fit(task, run, config, config["resume"])
 
 
 def train_dynamics(config: Config) -> Path:
     """Train a dynamics model on latent stores, as ``train.yaml`` describes; returns the last checkpoint."""
     settings = config["dynamics_training"]
+    stride = settings["stride"]
     balance, balance_losses = BiasBalance(settings["balance_rate"]), AuxiliaryLosses(settings["balance_losses"])
     stores = _open(config["stores"])
     for store in stores:
@@ -77,25 +81,29 @@ def train_dynamics(config: Config) -> Path:
     trainer: Trainer = build(config["trainer"])
     torch.manual_seed(trainer.seed)
     train, test = _split(stores, config["held_out"])
-    conditioning = Conditioning.fit(sources, train)
     intervals = {store.family: _interval(store, settings) for store in stores}
-    dynamics = new_dynamics(config["dynamics"], autoencoder.latent_channels, conditioning, intervals)
+    tuning = _finetuning(config)
+    if tuning is not None:
+        dynamics, autoencoder, model_config = prepare(tuning, autoencoder, stores, sources, train, intervals, stride)
+    else:
+        conditioning, model_config = Conditioning.fit(sources, train), config["dynamics"]
+        dynamics = new_dynamics(model_config, autoencoder.latent_channels, conditioning, intervals)
+        dynamics.fit_scales(stores, train, stride)
     length = dynamics.num_frames + settings["unroll"]
     train_windows, test_windows = (
-        Windows(stores, "latent", length, settings["stride"], chosen, weights=weights)
+        Windows(stores, "latent", length, stride, chosen, weights=weights)
         for chosen, weights in ((train, config["weights"]), (test, None))
     )
     train_windows.check_batch(trainer.batch_size)
     train_windows.hold()
     test_windows.hold()
-    dynamics.fit_scales(stores, train, settings["stride"])
     task = DynamicsTask(
         dynamics,
         autoencoder,
         train_windows,
         test_windows,
         sources,
-        config["dynamics"],
+        model_config,
         open_checkpoint(checkpoints[0], "autoencoder").config,
         unroll=settings["unroll"],
         input_noise=settings["input_noise"],
@@ -104,6 +112,12 @@ def train_dynamics(config: Config) -> Path:
         loss_weights=config["loss_weights"],
     )
     return trainer.fit(task, Path(config["run"]), config, config["resume"])
+
+
+def _finetuning(config: Config) -> FineTuning | None:
+    """What a trained model is to become, where training starts from one."""
+    settings = config["finetune"]
+    return None if settings["checkpoint"] is None else FineTuning(**settings)
 
 
 def _checkpoint(config: Config, kind: str) -> Checkpoint | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm, parametrize
 
 from latentphys.routers import Experts
 from latentphys.transformer.block import TransformerBlock
@@ -76,6 +76,11 @@ def _check(layer: Experts, expert_parallel: int, copies: int) -> None:
         raise ValueError(
             f"Expected expert_parallel to divide the {layer.num_experts} experts, got {expert_parallel}; "
             "choose a divisor, or another number of experts."
+        )
+    if expert_parallel > 1 and parametrize.is_parametrized(layer):
+        raise ValueError(
+            "Expected plain experts to spread over ranks, got some with low-rank updates or new experts beside them; "
+            "set expert_parallel = 1."
         )
     if expert_parallel > 1 and (layer.dim % copies or layer.hidden % copies):
         raise ValueError(

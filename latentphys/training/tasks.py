@@ -245,7 +245,9 @@ class DynamicsTask(Task):
         errors, routings = [], []
         for n in range(window.length - k):
             condition = self._condition(source, batch, (k - 1 + n) * stride, stride).to(frames[0])
-            step = self.dynamics(torch.stack(frames[-k:], 1), condition, geometry.to(frames[0]), source.grid.periodic)
+            step = self.dynamics(
+                torch.stack(frames[-k:], 1), condition, geometry.to(frames[0]), source.grid.periodic, family
+            )
             frames.append(step.latent)
             routings.append(step.routings)
             errors.append(((step.latent - batch.values[:, k + n]) / self.dynamics.increment_std).square().mean())
@@ -307,7 +309,7 @@ class DynamicsTask(Task):
         if self.balance.rate:
             for router, counts in zip(self.routers(), counts_over_ranks(output.expert_counts), strict=True):
                 if not isinstance(router, TreeRouter):
-                    router.bias_E.copy_(self.balance.update(router.bias_E, counts))
+                    router.even_out(self.balance, counts)
         self.routing_log.add(output.usage)
 
     def telemetry(self) -> dict[str, Any]:

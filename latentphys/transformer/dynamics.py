@@ -118,8 +118,7 @@ class Dynamics(nn.Module):
             ValueError: no family for a model that has to know.
         """
         num_experts = self.num_choices(family)
-        choices = {} if num_experts is None else {"num_experts": num_experts}
-        prediction = self.transformer(self._scaled(latents), condition, geometry, periodic, **choices)
+        prediction = self.transformer(self._scaled(latents), condition, geometry, periodic, num_experts)
         return Step(latents[:, -1] + prediction.increment * self.increment_std, prediction.routings)
 
     def function_features(

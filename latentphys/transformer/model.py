@@ -144,6 +144,7 @@ class LatentTransformer(nn.Module):
         condition: Float[Tensor, "b p"],
         geometry: Float[Tensor, "b g x y z"],
         periodic: tuple[bool, bool, bool],
+        num_experts: int | None = None,
     ) -> Prediction:
         """Predict the increment from the last of the K frames to the next one.
 
@@ -154,6 +155,7 @@ class LatentTransformer(nn.Module):
             condition: conditioning numbers of each sample.
             geometry: geometry channels on the latent cells.
             periodic: whether each axis wraps around.
+            num_experts: how many experts of each layer, the first ones, the samples may choose. Default: all.
         """
         self._check(latents, condition, geometry)
         # Sizes are tensors under torch.jit.trace, and the rotary table must be a constant there.
@@ -163,10 +165,10 @@ class LatentTransformer(nn.Module):
             cells = torch.cat([latents.flatten(1, 2), geometry], dim=1)
             x = self.embed(rearrange(cells, "b c x y z -> b (x y z) c"))
             context = self.embed_condition(condition)
-        layout = Layout(int(latents.shape[0]), (px, py, pz))
+        layout = Layout(int(latents.shape[0]), (px, py, pz), num_experts)
         routings, decided = [], None
         if self.router is not None:
-            functions = Layout(layout.num_samples, (1, 1, 1))
+            functions = Layout(layout.num_samples, (1, 1, 1), num_experts)
             whole = self.router(self.function_features(latents, condition, geometry), functions)
             decided = whole.spread(layout, layout.shape)
             routings.append(decided)
