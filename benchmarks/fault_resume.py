@@ -10,7 +10,8 @@ launcher included, at a random moment of its start-up or, most of the time, of i
 command is given again, and killed again, until the run comes to its end. Its last checkpoint must hold the same tensors
 and the same state as that of the undisturbed run, bit for bit, and its log the same figures.
 
-A kill counts where the run was alive and not yet done, and a run where it was killed at least once. Exit status 1: a run came out otherwise, or not at all.
+A kill counts where the run was alive and not yet done, and a run where it was killed at least once. Exit status 1: a
+run came out otherwise, or not at all.
 """
 
 from __future__ import annotations
@@ -132,11 +133,11 @@ def undisturbed(case: Case, arguments: argparse.Namespace) -> Case:
 
 def disturbed(case: Case, run: Path, tally: Tally, draw: random.Random, arguments: argparse.Namespace) -> str | None:
     """One run, killed and started again until it is done; why it is not as it should be, or None."""
-    limit_s, restarted = PATIENCE * (case.start_s + case.train_s), False
+    limit_s, restarted, is_done = PATIENCE * (case.start_s + case.train_s), False, False
     while True:
         with Attempt(case.command, run, arguments.device, arguments.threads) as attempt:
             last_chance = attempt.begin + limit_s
-            if tally.kills >= arguments.kills:
+            if tally.kills >= arguments.kills or is_done:
                 attempt.wait(last_chance)
             elif draw.random() < EARLY:
                 attempt.wait(attempt.begin + draw.uniform(0, case.start_s))
@@ -155,6 +156,8 @@ def disturbed(case: Case, run: Path, tally: Tally, draw: random.Random, argument
                 phase = "save" if interrupted_save(run) else "training" if was_training else "start"
                 tally.phases[phase] += 1
                 tally.lost.append(steps_done(run) - steps_saved(run))
+            else:
+                is_done = True
             if time.monotonic() >= last_chance:
                 return f"it hung: {attempt.said()}"
         restarted = True

@@ -61,6 +61,8 @@ def skew(layer: MoEFeedForward, x_BND: Tensor) -> None:
 class Dense(nn.Module):
     """A plain feed-forward where a mixture stands otherwise."""
 
+    router = None
+
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.feed_forward = FeedForward(dim, hidden)

@@ -14,10 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from latentphys import cli_exchange, cli_sweep
+from latentphys import cli_exchange, cli_training
 
 DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-MODELS = ("autoencoder", "dynamics")
 
 
 def simulate(arguments: argparse.Namespace) -> int:
@@ -64,7 +63,6 @@ _NOT_THE_DATA = ("out", "workers", "resume", "overwrite")
 
 def _workers(config: dict[str, Any], device: str) -> int | str:
     """How many processes: as configured, or one for each batch as long as there are cores, or GPUs."""
-    import os
 
     import torch
 
@@ -90,18 +88,6 @@ def _should_compile(config: dict[str, Any]) -> bool:
     cells = config["trajectories"] * config["frames"] * math.prod(config["grid"]["shape"])
     headers = Path(sysconfig.get_path("include")) / "Python.h"
     return cells > 4_000_000 and shutil.which("g++") is not None and headers.is_file()
-
-
-def train(arguments: argparse.Namespace) -> int:
-    from latentphys.configuration import compose
-    from latentphys.training import train_autoencoder, train_dynamics
-
-    overrides = [f"trainer={arguments.model}", *arguments.overrides]
-    config = compose("train", overrides)
-    last = (train_autoencoder if arguments.model == "autoencoder" else train_dynamics)(config)
-    if os.environ.get("RANK", "0") == "0":
-        print(last)
-    return DONE
 
 
 def encode(arguments: argparse.Namespace) -> int:
@@ -208,14 +194,14 @@ def render(arguments: argparse.Namespace) -> int:
 
 
 def info(arguments: argparse.Namespace) -> int:
-    if len(arguments.what) == 1 and "=" not in arguments.what[0] and arguments.what[0] not in MODELS:
+    if len(arguments.what) == 1 and "=" not in arguments.what[0] and arguments.what[0] not in cli_training.MODELS:
         from latentphys.info import describe
 
         description = describe(arguments.what[0])
     else:
         from latentphys.info_experiment import describe_experiment
 
-        named = arguments.what[0] in MODELS
+        named = arguments.what[0] in cli_training.MODELS
         model, overrides = (arguments.what[0], arguments.what[1:]) if named else ("dynamics", arguments.what)
         description = describe_experiment(model, overrides)
     if arguments.json:
@@ -318,28 +304,7 @@ def parser() -> argparse.ArgumentParser:
 
     cli_exchange.add_verbs(verb)
 
-    sub = verb(
-        train,
-        "train an autoencoder on field stores, or a dynamics model on latent stores",
-        "examples:\n"
-        "  accelerate launch -m latentphys train autoencoder stores=[open_channel.zarr,porous.zarr] "
-        "run=runs/autoencoder\n"
-        "  accelerate launch -m latentphys train dynamics stores=[open_channel.latent.zarr,porous.latent.zarr] "
-        "run=runs/dynamics\n"
-        "  accelerate launch --config_file configs/accelerate/one_node.yaml -m latentphys train dynamics … "
-        "trainer.strategy=fsdp trainer.expert_parallel=8\n\n"
-        "The same command goes on with a run that stopped. SIGTERM and SIGUSR1 save it, and it exits with status 75.",
-    )
-    sub.add_argument("model", choices=MODELS)
-    sub.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="Hydra overrides: stores=[…], run=DIR, router=top1|topk|nested|tree|random|dense, "
-        "experiment=shodh_moe|moe_pot|nestor|mono|dense|random, dynamics=tiny|small|base, trainer.num_steps=…",
-    )
-
-    cli_sweep.add_verbs(verb)
+    cli_training.add_verbs(verb)
 
     sub = verb(encode, "encode a store of fields into a store of latents")
     sub.add_argument("checkpoint", help="an autoencoder's checkpoint or run directory")

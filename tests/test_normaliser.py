@@ -153,13 +153,15 @@ def test_the_scale_is_the_mean_and_spread_of_the_training_trajectories(plain: Ch
 
 
 def test_a_resumed_run_keeps_its_scales(plain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even where the data have changed; and they are not measured again."""
+    """They are not measured again, and other data are refused."""
     run = tmp_path / "autoencoder"
     train("autoencoder", [plain.store.path], run, "trainer.num_steps=1")
     before = open_checkpoint(run).extra
     other = copied(plain.store, tmp_path / "b.zarr", lambda i: 2.0, lambda i: 1.0)
     monkeypatch.setattr("latentphys.training.models.compute_statistics", None)
-    train("autoencoder", [other], run, "trainer.num_steps=2")
+    with pytest.raises(ValueError, match="Expected the data that .* was trained on"):
+        train("autoencoder", [other], run, "trainer.num_steps=2")
+    train("autoencoder", [plain.store.path], run, "trainer.num_steps=2")
     assert open_checkpoint(run).step == 2 and open_checkpoint(run).extra == before
 
 

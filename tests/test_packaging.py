@@ -71,5 +71,5 @@ def test_wheel_works_from_elsewhere(wheel: Path, tmp_path: Path) -> None:
 
 def test_extras_keep_compiled_attention_out_of_all() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert extras["all"] == ["latentphys[sphere,viz,export,trackers,formats]"]
+    assert extras["all"] == ["latentphys[sphere,viz,export,trackers,soap,sweeps,formats]"]
     assert "flash" in extras and not any("flash" in requirement for requirement in extras["all"])

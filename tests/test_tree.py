@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentphys.data import Windows, open_store
 from latentphys.routers import TreeRouter
-from latentphys.training import Trainer, load_dynamics, open_checkpoint
+from latentphys.training import load_dynamics, open_checkpoint
+from latentphys.training.guards import Guard
 from latentphys.training.tasks import DynamicsTask
 from latentphys.transformer import LatentTransformer
 from latentphys.transformer.conditioning import Conditioning, latent_geometry, store_parameters
@@ -340,11 +341,11 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
     stopped = tmp_path / "run"
     with monkeypatch.context() as patched:
 
-        def check(loss: Tensor, norm: Tensor, step: int, *_: Any) -> None:
-            if step == 3:
+        def verdict(guard: Guard, step: int, *_: Any) -> None:
+            if step == 2:
                 raise KeyboardInterrupt
 
-        patched.setattr(Trainer, "_check", staticmethod(check))
+        patched.setattr(Guard, "verdict", verdict)
         with pytest.raises(KeyboardInterrupt):
             train("dynamics", road.inputs("dynamics"), stopped, *TREE)
     assert open_checkpoint(stopped).step == 2

@@ -31,7 +31,7 @@ class DataParallel:
         self._module: nn.Module | None = None
 
     def wrap(self, optimizer: torch.optim.Optimizer) -> Any:
-        """Call it when weights and optimiser are those that training begins with; returns the optimiser to step."""
+        """Call it when weights and moments are those that training begins with; returns the optimiser to step."""
         self._module, prepared = self.accelerator.prepare(self.task, optimizer)
         return prepared
 
@@ -76,7 +76,6 @@ class Sharded:
         from latentphys.training.sharding import shard
 
         self.accelerator, self.task = accelerator, task
-        task.to(accelerator.device)
         shard(task.model(), expert_parallel, accelerator.mixed_precision == "bf16")
 
     def wrap(self, optimizer: torch.optim.Optimizer) -> Any:
@@ -104,5 +103,6 @@ class Sharded:
 
 
 def new_strategy(name: str, accelerator: Accelerator, task: Task, expert_parallel: int) -> DataParallel | Sharded:
-    """The strategy of that name, on a model whose weights are still whole."""
+    """The strategy of that name, with a model whose weights are still whole, which goes to its device."""
+    task.to(accelerator.device)
     return DataParallel(accelerator, task) if name == "ddp" else Sharded(accelerator, task, expert_parallel)

@@ -1,4 +1,4 @@
-"""The verbs of many runs: ``sweep`` trains them, ``runs`` compares them."""
+"""The verbs of training: ``train`` is one run, ``sweep`` many, ``runs`` compares them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+MODELS = ("autoencoder", "dynamics")
 
 Add = Callable[..., argparse.ArgumentParser]
 
@@ -26,6 +28,18 @@ RUNS_EXAMPLES = """examples:
   latentphys runs runs/routers
   latentphys runs runs/routers runs/dense --sort test/porous/latent_mse
   latentphys runs runs/routers --each --csv > routers.csv"""
+
+
+def train(arguments: argparse.Namespace) -> int:
+    from latentphys.configuration import compose
+    from latentphys.training import train_autoencoder, train_dynamics
+
+    overrides = [f"trainer={arguments.model}", *arguments.overrides]
+    config = compose("train", overrides)
+    last = (train_autoencoder if arguments.model == "autoencoder" else train_dynamics)(config)
+    if os.environ.get("RANK", "0") == "0":
+        print(last)
+    return DONE
 
 
 def sweep(arguments: argparse.Namespace) -> int:
@@ -99,9 +113,30 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
 
 
 def add_verbs(verb: Add) -> None:
-    """Add both verbs to the command line."""
+    """Add the verbs to the command line."""
+    sub = verb(
+        train,
+        "train an autoencoder on field stores, or a dynamics model on latent stores",
+        "examples:\n"
+        "  accelerate launch -m latentphys train autoencoder stores=[open_channel.zarr,porous.zarr] "
+        "run=runs/autoencoder\n"
+        "  accelerate launch -m latentphys train dynamics stores=[open_channel.latent.zarr,porous.latent.zarr] "
+        "run=runs/dynamics\n"
+        "  accelerate launch --config_file configs/accelerate/one_node.yaml -m latentphys train dynamics … "
+        "trainer.strategy=fsdp trainer.expert_parallel=8\n\n"
+        "The same command goes on with a run that stopped. SIGTERM and SIGUSR1 save it, and it exits with status 75.",
+    )
+    sub.add_argument("model", choices=MODELS)
+    sub.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="Hydra overrides: stores=[…], run=DIR, router=top1|topk|nested|tree|random|dense, "
+        "experiment=shodh_moe|moe_pot|nestor|mono|dense|random, dynamics=tiny|small|base, trainer.num_steps=…",
+    )
+
     sub = verb(sweep, "train every combination of some settings, one run each", SWEEP_EXAMPLES)
-    sub.add_argument("model", choices=("autoencoder", "dynamics"))
+    sub.add_argument("model", choices=MODELS)
     sub.add_argument(
         "overrides",
         nargs="+",
