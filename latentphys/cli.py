@@ -239,7 +239,7 @@ def _print_nested(description: dict[str, Any], indent: str = "") -> None:
         elif "\n" in str(value):
             print(f"{indent}{name}", *(f"{indent}  {text}".rstrip() for text in str(value).splitlines()), sep="\n")
         else:
-            print(f"{indent}{name:<{width}}  {value}")
+            print(f"{indent}{name:<{width}}  {f'{value:.4g}' if isinstance(value, float) else value}")
 
 
 def _show(bar: Any, line: Any, done: int, total: int) -> None:

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+
 from latentphys.configuration import compose
 from latentphys.data import Store, open_store
 from latentphys.families import MHD, Convection, Family, OpenChannel, Porous, simulate
-from latentphys.training import encode_store, load_autoencoder, train_autoencoder, train_dynamics
+from latentphys.training import encode_store, load_autoencoder, open_checkpoint, train_autoencoder, train_dynamics
 
 SHAPE = (16, 16, 16)
 NUM_TRAJECTORIES, NUM_FRAMES = 4, 6
@@ -77,6 +80,17 @@ def train(kind: str, stores: Sequence[Path], run: Path, *overrides: str) -> Path
     """Train a small model; returns its last checkpoint."""
     run_training = train_autoencoder if kind == "autoencoder" else train_dynamics
     return run_training(configuration(kind, stores, run, *overrides))
+
+
+def assert_bit_equal(run: Path, other: Path) -> None:
+    """The newest checkpoints of two runs hold the same: every tensor, and what the trainer remembers."""
+    a, b = open_checkpoint(run), open_checkpoint(other)
+    assert a.step == b.step and a.state == b.state
+    files = sorted(path.name for path in a.path.glob("*.safetensors"))
+    assert len(files) > 1 and files == sorted(path.name for path in b.path.glob("*.safetensors"))
+    for file in files:
+        x, y = load_file(a.path / file), load_file(b.path / file)
+        assert set(x) == set(y) and not [key for key in x if not torch.equal(x[key], y[key])]
 
 
 def build_road(folder: Path, families: Mapping[str, tuple[Family, tuple[int, int, int]]] = FAMILIES) -> Road:

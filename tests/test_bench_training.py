@@ -182,6 +182,6 @@ def test_killed_runs_come_out_to_the_same_bits(tmp_path: Path) -> None:
     process = bench("fault_resume.py", *options, cwd=tmp_path)
     assert process.returncode == 0, process.stdout + process.stderr
     found = lines(process)
-    assert found["kills"]["value"] >= 3 and found["bit_identical_share"]["value"] == 1
-    assert found["bit_identical"]["value"] == found["bit_identical"]["of"] >= 1
+    assert found["kills"]["value"] == found["bit_identical"]["value"] == 3
+    assert found["runs_bit_identical"]["value"] == found["runs_bit_identical"]["of"] >= 1
     assert found["corrupt_checkpoints"]["value"] == 0 and found["steps_lost_at_most"]["value"] <= 2

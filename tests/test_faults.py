@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import Road, arguments, train
+from small import Road, arguments, assert_bit_equal, train
 
 from latentphys.data import Windows
 from latentphys.training import open_checkpoint
@@ -33,16 +33,6 @@ def status(run: Path) -> dict[str, Any]:
 def events(run: Path) -> list[str]:
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [line["event"] for line in lines if "event" in line]
-
-
-def assert_bit_equal(run: Path, other: Path) -> None:
-    a, b = open_checkpoint(run), open_checkpoint(other)
-    assert a.step == b.step and a.state == b.state
-    files = sorted(path.name for path in a.path.glob("*.safetensors"))
-    assert files == sorted(path.name for path in b.path.glob("*.safetensors"))
-    for file in files:
-        x, y = load_file(a.path / file), load_file(b.path / file)
-        assert set(x) == set(y) and not [key for key in x if not torch.equal(x[key], y[key])]
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[Loop], object]) -> None:

@@ -88,3 +88,14 @@ def test_an_error_comes_with_its_own_step() -> None:
 def test_a_batch_that_is_too_large_is_refused_at_once(stores: list[Store]) -> None:
     with pytest.raises(ValueError, match="batch of at most 12, the windows of"):
         Batches(Windows(stores, "velocity", 2), 13, seed=0)
+
+
+def test_reading_ahead_takes_no_threads_from_the_work() -> None:
+    """A second team of OpenMP threads on the same cores would slow every operation of the first."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert list(ahead(lambda step: torch.get_num_threads(), range(3))) == [1, 1, 1]
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

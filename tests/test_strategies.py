@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -96,23 +97,22 @@ def read(run: Path, file: str) -> dict[str, torch.Tensor]:
 def test_two_processes_train_what_one_does(spread: Path, alone: Path, kind: str, name: str) -> None:
     """Adam divides rounding by itself where a gradient is zero: moments are compared, and weights as a vector."""
     two, one = spread / f"{kind}-{name}", alone / kind
-    for file in ("model", "ema", "optimizer"):
+    for file, bound in (("model", 2e-5), ("ema", 2e-5), ("optimizer", 1e-7)):
         found, expected = read(two, file), read(one, file)
         assert set(found) == set(expected)
         for key, value in expected.items():
             assert found[key].shape == value.shape and found[key].dtype == value.dtype
         a, b = (torch.cat([tensors[k].flatten().double() for k in sorted(tensors)]) for tensors in (found, expected))
-        assert (a - b).norm() < 2e-5 * b.norm(), file
+        assert (a - b).norm() < bound * b.norm(), file
     lines = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (two, one)]
     for found, expected in zip(*lines, strict=True):
         for key in {key for key in expected if key == "loss" or key.endswith(("vrmse", "latent_mse"))}:
             assert found[key] == pytest.approx(expected[key], rel=1e-5), key
 
 
-def test_noise_differs_between_processes_and_a_fsdp_run_resumes_alone(spread: Path, road: Road, tmp_path: Path) -> None:
+def test_a_run_with_experts_on_two_processes_goes_on_on_one(spread: Path, road: Road, tmp_path: Path) -> None:
     """A checkpoint knows nothing of the processes that wrote it."""
-    run = tmp_path / "run"
-    run.symlink_to(spread / "dynamics-experts")
+    run = Path(shutil.copytree(spread / "dynamics-experts", tmp_path / "run"))
     last = train("dynamics", road.inputs("dynamics"), run, *QUIET["dynamics"], *SETTINGS, "trainer.num_steps=6")
     assert last.name == "step-000006"
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+import torch
 from torch.utils.data import Dataset
 
 from latentphys.data.windows import Batch, Windows
@@ -39,6 +40,9 @@ def ahead(work: Callable[[int], T], steps: Sequence[int]) -> Iterator[T]:
     What `work` raises is raised where its result is asked for.
     """
     with ThreadPoolExecutor(1, "ahead") as thread:
+        num_threads = torch.get_num_threads()
+        thread.submit(_work_alone).result()
+        torch.set_num_threads(num_threads)  # of this thread, and of libraries that have one number for all
         coming = [thread.submit(work, step) for step in steps[:1]]
         for step in steps[1:]:
             result = coming.pop().result()
@@ -46,3 +50,10 @@ def ahead(work: Callable[[int], T], steps: Sequence[int]) -> Iterator[T]:
             yield result
         for last in coming:
             yield last.result()
+
+
+def _work_alone() -> None:
+    """Keep this thread from a team of OpenMP threads of its own: two teams are more threads than cores, and OpenMP then
+    lets those of the first one sleep between any two operations, for a third of the time of a step."""
+    torch.get_num_threads()  # torch sets the number of a thread when it is first asked for it
+    torch.set_num_threads(1)

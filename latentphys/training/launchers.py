@@ -68,7 +68,7 @@ class _Stop:
 
 def _signal_tree(process: int) -> None:
     """SIGUSR1 to a process and all below it: launchers start their workers in sessions, so in groups, of their own."""
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     with suppress(psutil.NoSuchProcess):
         top = psutil.Process(process)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +84,8 @@ class Loop:
             self.directory.status("done", step=self.done)
         except BaseException as error:
             state = {Preempted: "preempted", KeyboardInterrupt: "interrupted"}.get(type(error), "failed")
-            self.directory.status(state, step=self.done, message=str(error) or type(error).__name__)
+            with suppress(OSError):  # a full disk has no room for this either
+                self.directory.status(state, step=self.done, message=str(error) or type(error).__name__)
             raise
 
     def _agreed(self, step: int, batch: Batch | Exception) -> Batch:

@@ -233,7 +233,8 @@ class DynamicsTask(Task):
         return len(batch.values) * steps * math.prod(batch.values.shape[-3:])
 
     def prefetch(self, batch: Batch) -> None:
-        self._geometry(self.sources[batch.store], batch)
+        for trajectory in batch.trajectories.tolist():
+            _latent_geometry(self.sources[batch.store], trajectory, self.autoencoder.compression)
 
     def forward(self, batch: Batch) -> Output:
         source, family = self.sources[batch.store], self.stores()[batch.store].family
