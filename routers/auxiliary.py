@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from latentphys.ranks import num_ranks
 from latentphys.routers.balance import sum_over_ranks
 from latentphys.routers.routing import Routing
 
@@ -49,7 +49,7 @@ def measure(groups: Sequence[Sequence[Routing]]) -> list[Load]:
     local_N = torch.cat(sums)
     total_N = sum_over_ranks(local_N)
     if local_N.requires_grad:
-        scaled_N = local_N * (dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1)
+        scaled_N = local_N * num_ranks()
         total_N = scaled_N + (total_N - scaled_N).detach()
     return [_load(total) for total in total_N.split([len(s) for s in sums])]
 

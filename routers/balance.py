@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from latentphys.ranks import in_group
+
 
 @dataclass(frozen=True)
 class BiasBalance:
@@ -58,7 +60,7 @@ def sum_over_ranks(values_N: Tensor) -> Tensor:
     Every rank must come here, in the same order.
     """
     total_N = values_N.detach().to(torch.float64, copy=True)
-    if dist.is_available() and dist.is_initialized():
+    if in_group():
         dist.all_reduce(total_N)
     return total_N
 

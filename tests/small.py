@@ -93,6 +93,14 @@ def assert_bit_equal(run: Path, other: Path) -> None:
         assert set(x) == set(y) and not [key for key in x if not torch.equal(x[key], y[key])]
 
 
+def spoil(folder: Path) -> None:
+    """Flip one bit of a checkpoint's weights."""
+    file = folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
 def build_road(folder: Path, families: Mapping[str, tuple[Family, tuple[int, int, int]]] = FAMILIES) -> Road:
     fields = {name: folder / f"{name}.zarr" for name in families}
     for name, (family, shape) in families.items():

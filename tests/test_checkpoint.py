@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from small import spoil
 from torch import Tensor, nn
 
 from latentphys.training import checkpoint, durable, manifest, open_checkpoint
@@ -343,13 +344,6 @@ def new_run(folder: Path, *steps: int) -> Path:
         save(folder / f"step-{step:06d}", model, step)
     durable.write_json(folder / "last.json", {"checkpoint": f"step-{steps[-1]:06d}"})
     return folder
-
-
-def spoil(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
 
 
 def test_a_run_gives_its_newest_whole_checkpoint_and_says_so(tmp_path: Path) -> None:

@@ -2,25 +2,21 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
+from ranks import run_ranks
 
 from latentphys.training.control import PREEMPTED, Agreement, Signals
 
 RANK = """
-import os
-import sys
-
 import torch.distributed as dist
 
 from latentphys.training.control import Agreement
 
-rank = int(os.environ["RANK"])
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/meeting", rank=rank, world_size=2)
+dist.init_process_group("gloo")
+rank = dist.get_rank()
 agreement = Agreement()
 print(agreement.largest(10 * rank, 1 - rank), agreement.largest(0), agreement.largest(-5 + rank, 3))
 dist.barrier()
@@ -67,20 +63,7 @@ def test_one_process_agrees_with_itself() -> None:
 
 
 def test_two_processes_know_the_largest_of_each_number(tmp_path: Path) -> None:
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(tmp_path)],
-            env={**os.environ, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    outputs = run_ranks(RANK, tmp_path)
     assert outputs == ["[10, 1] [0] [-4, 3]\n"] * 2
 
 

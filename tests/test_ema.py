@@ -1,13 +1,11 @@
 """The average of the weights: its closed form, an exact way back to the weights, and continuation."""
 
 import math
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 from torch import nn
 
 from latentphys.training.ema import EMA
@@ -167,7 +165,7 @@ def test_refuses_an_average_of_other_shapes() -> None:
 
 
 SHARDED = """
-import sys, torch, torch.distributed as dist
+import torch, torch.distributed as dist
 from functools import partial
 from torch.distributed.tensor import DTensor
 from latentphys.routers import SemanticTop1
@@ -195,8 +193,8 @@ def outputs(model, grad):
         (0 * increment.sum()).backward()
     return increment.detach()
 
-rank, port = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+dist.init_process_group("gloo")
+rank = dist.get_rank()
 one, two = new_model(), new_model()
 shard(two, expert_parallel=2)
 averages = [EMA(one, 0.9), EMA(two, 0.9)]
@@ -227,18 +225,4 @@ dist.destroy_process_group()
 
 
 def test_the_average_of_a_sharded_model_is_that_of_the_whole(tmp_path: Path) -> None:
-    script = tmp_path / "sharded.py"
-    script.write_text(SHARDED)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = [
-        subprocess.Popen([sys.executable, str(script), str(rank), port], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], errors
+    run_ranks(SHARDED, tmp_path)

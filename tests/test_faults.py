@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import Road, arguments, assert_bit_equal, train
+from small import Road, arguments, assert_bit_equal, spoil, train
 
 from latentphys.data import Windows
 from latentphys.training import open_checkpoint
@@ -167,10 +167,7 @@ def test_two_processes_stop_together_when_one_is_asked_to(road: Road, tmp_path: 
 
 def test_a_corrupt_checkpoint_gives_way_to_the_one_before(road: Road, tmp_path: Path) -> None:
     run = Path(shutil.copytree(road.dynamics, tmp_path / "run"))
-    weights = run / "step-000006" / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-5] ^= 1
-    weights.write_bytes(data)
+    spoil(run / "step-000006")
     with pytest.warns(UserWarning, match="step-000006"):
         train("dynamics", road.inputs("dynamics"), run)
     assert_bit_equal(run, road.dynamics)

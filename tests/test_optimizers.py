@@ -2,13 +2,13 @@
 
 import io
 import math
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 from torch import Tensor, nn
 
 from latentphys.routers import Experts
@@ -181,7 +181,7 @@ def test_the_package_of_soap_is_loaded_for_soap_alone() -> None:
 
 
 SHARDED = """
-import sys, torch, torch.distributed as dist
+import torch, torch.distributed as dist
 from functools import partial
 from latentphys.routers import SemanticTop1
 from latentphys.training.optimizers import new_optimizer
@@ -202,8 +202,8 @@ def train(model):
     return optimizer
 
 from latentphys.training.sharding import scatter_like
-rank, port = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+dist.init_process_group("gloo")
+rank = dist.get_rank()
 one = new_model()
 train(one)
 two = new_model()
@@ -224,18 +224,4 @@ dist.destroy_process_group()
 
 
 def test_sharded_parameters_are_trained_fused_and_refused_by_soap(tmp_path: Path) -> None:
-    script = tmp_path / "sharded.py"
-    script.write_text(SHARDED)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = [
-        subprocess.Popen([sys.executable, str(script), str(rank), port], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], errors
+    run_ranks(SHARDED, tmp_path)

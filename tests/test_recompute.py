@@ -1,8 +1,5 @@
 """Activations that are worked out twice: the same gradients to the bit, the same routing, and less memory."""
 
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -11,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -272,7 +270,7 @@ def test_refuses_a_model_without_blocks() -> None:
 
 
 SHARDED = """
-import sys, torch, torch.distributed as dist
+import torch, torch.distributed as dist
 from functools import partial
 from torch import nn
 from latentphys.routers import SemanticTop1
@@ -280,8 +278,8 @@ from latentphys.training.recompute import set_recompute
 from latentphys.training.sharding import shard
 from latentphys.transformer.model import LatentTransformer
 
-rank, port = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+dist.init_process_group("gloo")
+rank = dist.get_rank()
 for parallel in (1, 2):
     torch.manual_seed(0)
     model = LatentTransformer(3, 2, 2, 1, 16, 2, 2, 16, partial(SemanticTop1, num_experts=4, semantic_dim=8))
@@ -309,18 +307,4 @@ dist.destroy_process_group()
 
 
 def test_sharded_models_and_spread_experts_recompute_alike(tmp_path: Path) -> None:
-    script = tmp_path / "sharded.py"
-    script.write_text(SHARDED)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = [
-        subprocess.Popen([sys.executable, str(script), str(rank), port], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], errors
+    run_ranks(SHARDED, tmp_path)

@@ -2,13 +2,12 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
 from safetensors.torch import load_file
 from small import Road, train
 
@@ -27,7 +26,7 @@ from latentphys.routers import Routing
 from latentphys.training.routing_log import RoutingLog, Usage
 
 rank, folder = int(os.environ["RANK"]), sys.argv[1]
-dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+dist.init_process_group("gloo")
 log, calls, all_gather = RoutingLog(2), [], dist.all_gather
 dist.all_gather = lambda *given: (calls.append(1), all_gather(*given))
 lines = []
@@ -172,18 +171,12 @@ def test_two_processes_log_what_one_does(tmp_path: Path) -> None:
     for n, ids in enumerate(([0, 3, 0, 2, 0, 2, 0, 1, 1, 3, 0, 0], [3, 3, 2] * 2 + [3, 3, 3] * 2, [3] * 12)):
         batches.append((torch.tensor(ids)[:, None], torch.rand(12, 5).softmax(-1)))
         torch.save(batches[-1], tmp_path / f"{n}.pt")
-    script = tmp_path / "program.py"
-    script.write_text(PROGRAM)
-    command = [sys.executable, str(script), str(tmp_path)]
-    processes = [subprocess.Popen(["env", f"RANK={rank}", *command], stderr=subprocess.PIPE) for rank in range(2)]
+    run_ranks(PROGRAM, tmp_path, tmp_path)
     whole, lines = RoutingLog(2), list[list[dict[str, Any]]]()
     for (chosen, scores), family in zip(batches, (0, 1, 0), strict=True):
         whole.add(usage([[Routing(chosen, torch.ones(12, 1), scores)]], 4, family))
         if len(lines) or family:
             lines.append(whole.lines())
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()
     assert [lines, 2] == json.loads((tmp_path / "0.json").read_text()) == json.loads((tmp_path / "1.json").read_text())
     assert lines[0][0]["dead"] == [4] and lines[0][0]["mutual_information"] is not None
     assert lines[1][0]["dead"] == [0, 1, 2, 4] and lines[1][0]["dead_age"] == [2, 2, 1, 3]

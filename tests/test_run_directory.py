@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import zarr
+from small import spoil
 from torch import nn
 
 from latentphys.data import Store, open_store
@@ -67,13 +68,6 @@ def changed(**settings: Any) -> dict[str, Any]:
             place = place[group]
         place[last] = value
     return config
-
-
-def spoil(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
 
 
 def names(run: Path) -> list[str]:

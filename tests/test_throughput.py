@@ -1,11 +1,10 @@
 """Rates of training on a clock that the test turns, and over two processes."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from ranks import run_ranks
 
 from latentphys.training.throughput import Throughput
 
@@ -78,8 +77,8 @@ import json, sys
 import torch.distributed as dist
 from latentphys.training.throughput import Throughput
 
-rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+dist.init_process_group("gloo")
+rank = dist.get_rank()
 now = [0.0]
 throughput = Throughput(10, 100.0, 50.0, clock=lambda: now[0])
 with throughput.waiting():
@@ -92,14 +91,6 @@ dist.destroy_process_group()
 
 
 def test_processes_add_up(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", RANK]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], stdout=subprocess.PIPE, text=True) for rank in range(2)
-    ]
-    try:
-        found = [json.loads(rank.communicate(timeout=120)[0]) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    found = [json.loads(said) for said in run_ranks(RANK, tmp_path)]
     assert found[0] == found[1]
     assert found[0] == {"samples_per_s": 2.0, "tokens_per_s": 20.0, "mfu": 800 / (8 * 50.0), "data_wait": 1 / 8}

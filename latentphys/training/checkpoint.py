@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from latentphys.ranks import in_group
 from latentphys.training import manifest, optimizer_state
 from latentphys.training.durable import aside_of, is_disk_full, partial_of, present, put, write_json
 
@@ -142,7 +143,7 @@ def save(
     if optimizer is not None:
         tensors, about = optimizer_state.flatten(model, optimizer)
         moments = _gather(tensors)
-    if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+    if in_group() and dist.get_rank() > 0:
         return
     temporary = partial_of(path)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -209,7 +210,7 @@ def _bytes(tensors: Mapping[str, Tensor]) -> int:
 
 def _gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Whole tensors to write, on rank 0. Only where one of them is sharded do the ranks speak to each other."""
-    if dist.is_available() and dist.is_initialized():
+    if in_group():
         from latentphys.training.sharding import gather  # slow to import, and of no use to a single process
 
         tensors = gather(tensors)
@@ -218,7 +219,7 @@ def _gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _part(whole: Tensor, current: Tensor | None) -> Tensor:
     """What a process keeps of a tensor: its part where the model is sharded."""
-    if current is None or not (dist.is_available() and dist.is_initialized()):
+    if current is None or not in_group():
         return whole
     from latentphys.training.sharding import scatter_like
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from latentphys.ranks import num_ranks
+
 PREEMPTED = os.EX_TEMPFAIL
 """Exit status 75 of a run that saved itself because a signal asked for its place; the same command goes on with it."""
 
@@ -53,7 +55,7 @@ class Agreement:
     """
 
     def __init__(self) -> None:
-        self._distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        self._distributed = num_ranks() > 1
         is_gloo = self._distributed and dist.get_backend() == "gloo"
         self._group = dist.new_group(backend="gloo") if self._distributed and not is_gloo else None
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+
+from latentphys.ranks import in_group
 
 
 class EMA:
@@ -103,7 +104,7 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _reshard(model: nn.Module) -> None:
     """Give up gathered weights: after a forward pass without gradients FSDP2 would go on with the ones it has."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not in_group():
         return
     from torch.distributed.fsdp import FSDPModule  # slow to import, and of no use to a single process
 

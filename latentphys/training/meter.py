@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from latentphys.ranks import in_group, num_ranks
+
 
 class Meter:
     """Means of figures. Every process adds figures of the same names, in the same order."""
@@ -28,10 +30,8 @@ class Meter:
             return {}
         names = list(self._sums)
         sums = torch.stack([self._sums[name] for name in names])
-        world = 1
-        if dist.is_available() and dist.is_initialized():
-            world = dist.get_world_size()
+        if in_group():
             dist.all_reduce(sums)
         counts = self._counts
         self._sums, self._counts = {}, {}
-        return {name: value / world / counts[name] for name, value in zip(names, sums.tolist(), strict=True)}
+        return {name: value / num_ranks() / counts[name] for name, value in zip(names, sums.tolist(), strict=True)}

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from latentphys.ranks import in_group
 from latentphys.routers import Routing, telemetry
 
 
@@ -135,7 +136,7 @@ def _line(counts_RE: Tensor, squares_RE: Tensor, samples_R: Tensor, ages_E: Tens
 
 def _gather(vector: Tensor) -> Tensor:
     """The vector of every process, ``(process, n)``."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not in_group():
         return vector[None]
     gathered = [torch.empty_like(vector) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, vector)

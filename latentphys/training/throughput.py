@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from latentphys.ranks import in_group
+
 
 class Throughput:
     """Rates of the steps since they were last asked for, over all processes.
@@ -94,7 +96,7 @@ class Throughput:
             device=self.device,
         )
         self._start_over()
-        if dist.is_available() and dist.is_initialized():
+        if in_group():
             dist.all_reduce(sums)
         samples, tokens, flops, waited, seconds, world = sums.tolist()
         if not samples or seconds <= 0:
