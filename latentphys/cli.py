@@ -391,6 +391,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Preempted as error:
         print(f"latentphys {arguments.verb}: {error}", file=sys.stderr)
         return PREEMPTED
-    except KeyboardInterrupt:
-        print(f"latentphys {arguments.verb}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"latentphys {arguments.verb}: interrupted; {error}".rstrip("; "), file=sys.stderr)
         return INTERRUPTED

@@ -7,7 +7,8 @@ from typing import Any
 
 
 def progress_bar(show: bool = True, *columns: str) -> Any:
-    """A rich progress display; further columns are rich's format strings over a task's fields."""
+    """A rich progress display; further columns are rich's format strings over a task's fields,
+    which take several lines where they have to."""
     from rich.console import Console, RenderableType
     from rich.progress import (
         BarColumn,
@@ -18,6 +19,7 @@ def progress_bar(show: bool = True, *columns: str) -> Any:
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.table import Column
 
     class Bar(Progress):
         """Without a terminal the bar is a line at the end, and no line for work that was refused before it began."""
@@ -41,7 +43,7 @@ def progress_bar(show: bool = True, *columns: str) -> Any:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        *(TextColumn(column) for column in columns),
+        *(TextColumn(column, table_column=Column(overflow="fold")) for column in columns),
         console=Console(stderr=True),
         disable=not show,
     )

@@ -8,15 +8,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 from small import Road, arguments, assert_bit_equal, spoil, train
 
+from latentphys import info_run
+from latentphys.cli import INTERRUPTED, main
 from latentphys.data import Windows
 from latentphys.training import open_checkpoint
 from latentphys.training.control import PREEMPTED
@@ -108,7 +112,8 @@ def test_a_store_that_vanishes_stops_the_run_with_all_it_learnt(
     with monkeypatch.context() as patched:
         at_step(patched, 3, vanish)
         with pytest.raises(
-            OSError, match=r"Expected the windows of step [45], got: .*the run is saved at step [45]; restore"
+            OSError,
+            match=r"Expected the windows of step [45], got: .*Restore the store: the run is saved at step [45],",
         ):
             train("autoencoder", [store], run, *settings)
     assert status(run)["state"] == "failed" and open_checkpoint(run).step == status(run)["step"] in (4, 5)
@@ -118,51 +123,84 @@ def test_a_store_that_vanishes_stops_the_run_with_all_it_learnt(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_preempted_run_saves_itself_and_goes_on(
-    road: Road, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, number: signal.Signals
+@pytest.mark.parametrize(
+    ("number", "code", "state"),
+    [
+        (signal.SIGTERM, PREEMPTED, "preempted"),
+        (signal.SIGUSR1, PREEMPTED, "preempted"),
+        (signal.SIGINT, INTERRUPTED, "interrupted"),
+    ],
+)
+def test_a_run_that_is_asked_to_stop_saves_itself_and_goes_on(
+    road: Road,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    number: signal.Signals,
+    code: int,
+    state: str,
 ) -> None:
     """Between two checkpoints; in the program's own process, whose handlers come back."""
-    from latentphys.cli import main
-
-    run, settings = tmp_path / "run", ["trainer.checkpoint_every=6"]
+    run, settings, before = tmp_path / "run", ["trainer.checkpoint_every=6"], signal.getsignal(number)
     line = ["train", *arguments(kind, road.inputs(kind), run, *settings)]
     with monkeypatch.context() as patched:
         at_step(patched, 2, lambda _: os.kill(os.getpid(), number))
-        assert main(line) == PREEMPTED
-    assert signal.getsignal(number) is signal.SIG_DFL
-    assert status(run) | {"state": "preempted", "step": 3} == status(run)
-    assert number.name in status(run)["message"] and open_checkpoint(run).step == 3
+        assert main(line) == code
+    assert signal.getsignal(number) is before
+    assert status(run) | {"state": state, "step": 3} == status(run) and open_checkpoint(run).step == 3
+    assert "the run is saved at step 3, and the same command goes on from there" in capsys.readouterr().err
     assert main(line) == 0
     assert status(run)["state"] == "done"
     assert_bit_equal(run, road.autoencoder.parent / kind)
 
 
-def test_two_processes_stop_together_when_one_is_asked_to(road: Road, tmp_path: Path) -> None:
-    """Under a launcher only one rank hears the signal; both save and stop, and the run directory says why."""
-    run = tmp_path / "run"
-    settings = [
-        "trainer.num_steps=5000",
-        "trainer.log_every=1",
-        "trainer.test_every=5000",
-        "trainer.checkpoint_every=5000",
-    ]
+@contextmanager
+def two_processes(road: Road, run: Path) -> Iterator[subprocess.Popen[str]]:
+    """A long run of two ranks under a launcher, once it has taken a step; nothing of it outlives the block."""
+    settings = [f"trainer.{name}=5000" for name in ("num_steps", "test_every", "checkpoint_every")]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH), "-m", "latentphys"]
-    line = [*launch, "train", *arguments("dynamics", road.inputs("dynamics"), run, *settings)]
+    line = [*launch, "train", *arguments("dynamics", road.inputs("dynamics"), run, *settings, "trainer.log_every=1")]
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    everybody = [psutil.Process(process.pid)]
     try:
         deadline = time.monotonic() + 120
         while not (run / "log.jsonl").is_file() or not (run / "log.jsonl").read_text():
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
-        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-        os.kill(int(children[-1]), signal.SIGUSR1)
-        _, errors = process.communicate(timeout=120)
+        everybody += everybody[0].children(recursive=True)
+        yield process
     finally:
-        process.kill()
+        for one in everybody:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+
+
+def ranks(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+    """The ranks below a launcher."""
+    found = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children(recursive=True)}
+    return {int(rank): child for rank, child in found.items() if rank is not None}
+
+
+def test_two_processes_stop_together_when_one_is_asked_to(road: Road, tmp_path: Path) -> None:
+    """Under a launcher only one rank hears the signal; both save and stop, and the run directory says why."""
+    run = tmp_path / "run"
+    with two_processes(road, run) as process:
+        ranks(process)[1].send_signal(signal.SIGUSR1)
+        _, errors = process.communicate(timeout=120)
     assert process.returncode != 0 and "SIGUSR1: the run is saved at step" in errors
     assert status(run)["state"] == "preempted"
     assert open_checkpoint(run).step == status(run)["step"] > 0
+
+
+def test_a_rank_that_is_lost_ends_the_run_and_does_not_hang_it(road: Road, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with two_processes(road, run) as process:
+        ranks(process)[1].kill()
+        process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert status(run)["state"] == "failed" or info_run.state(run) == "killed"
+    assert not psutil.pid_exists(process.pid)
 
 
 def test_a_corrupt_checkpoint_gives_way_to_the_one_before(road: Road, tmp_path: Path) -> None:

@@ -98,16 +98,13 @@ class Loop:
             self._save()
         # Launchers kill the processes that outlive the first by some seconds: none ends before all is written.
         self.accelerator.wait_for_everyone()
-        where = f"the run is saved at step {self.done}"
+        saved = f"the run is saved at step {self.done}, and the same command goes on from there."
         if number == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(saved)
         if number:
-            raise Preempted(f"{signal.Signals(number).name}: {where}; the same command goes on from there.")
+            raise Preempted(f"{signal.Signals(number).name}: {saved}")
         reason = batch if isinstance(batch, Exception) else "another process could not read its own"
-        raise OSError(
-            f"Expected the windows of step {step}, got: {reason} Now {where}; restore the store, and the same command "
-            "goes on from there."
-        )
+        raise OSError(f"Expected the windows of step {step}, got: {reason} Restore the store: {saved}")
 
     def _step(self, step: int, batch: Batch, optimizer: Any) -> None:
         trainer, family = self.trainer, self.task.stores()[batch.store].family

@@ -78,8 +78,12 @@ class Monitor:
         self.write(done, {**means, **figures, **rates, **told})
         shown = [f"{name} {value:.3f}" for name, value in means.items() if "/" in name and "/balance/" not in name]
         shown += [f"{rates[name]:.3g} {unit}" for name, unit in SHOWN.items() if name in rates]
-        self._bar.update(self._line, figures="  ".join(shown))
-        return told.get("routing", [])
+        routing = told.get("routing", [])
+        if routing:
+            even = sum(layer["entropy_share"] for layer in routing) / len(routing)
+            shown.append(f"experts {100 * even:.0f} % even, {sum(len(layer['dead']) for layer in routing)} dead")
+        self._bar.update(self._line, figures=", ".join(shown))
+        return routing
 
     def write(self, done: int, figures: Mapping[str, Any]) -> None:
         self.directory.log.write(step=done, **figures)
