@@ -61,7 +61,7 @@ exit "${code:-0}"
 """
 ACCELERATE = """#!/bin/bash
 kill -USR1 $$  # the launcher must not die of it
-printf '%s|' "$OMP_NUM_THREADS" "$@" >> "$CALLS"
+printf '%s|' "$OMP_NUM_THREADS" "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT" "$@" >> "$CALLS"
 echo >> "$CALLS"
 exit "${ENDS:-0}"
 """
@@ -97,14 +97,22 @@ def test_slurm_starts_one_launcher_per_node(slurm: Callable[..., tuple[int, list
     assert len(calls) == 5
     parser = launch_command_parser()
     for rank, call in enumerate(calls[2:]):
-        threads, verb, *words = call.split("|")[:-1]
-        assert (threads, verb) == ("12", "launch")
+        threads, patience, verb, *words = call.split("|")[:-1]
+        assert (threads, patience, verb) == ("12", "110", "launch")
         given = parser.parse_args(words)
         assert (given.machine_rank, given.num_machines, given.num_processes) == (rank, 3, 24)
         assert (given.main_process_ip, given.main_process_port) == ("node7", 20041)
         assert (given.module, given.training_script) == (True, "latentphys")
         assert given.training_script_args == ["train", "dynamics", "stores=[a b.zarr]", f"run={tmp_path / 'run'}"]
         load_config_from_file(str(TRAIN.parent.parent.parent / given.config_file))
+
+
+def test_slurm_leaves_time_to_save_and_keeps_what_was_said() -> None:
+    """The signal goes to the training processes (no ``B:``); who waits for whom waits longer."""
+    text = TRAIN.read_text()
+    told = {line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH")}
+    assert {"signal=USR1@120", "requeue", "open-mode=append", "ntasks-per-node=1"} <= told
+    assert "TIMEOUT=110\n" in text and "--wait=180 bash" in text
 
 
 def test_slurm_queues_again_what_was_preempted_and_nothing_else(
@@ -115,6 +123,7 @@ def test_slurm_queues_again_what_was_preempted_and_nothing_else(
         ({"SAYS": "failed", "ENDS": "1"}, 1, False),
         ({"SAYS": "running", "ENDS": "137"}, 137, False),  # killed
         ({"ENDS": "1"}, 1, False),
+        ({"SAYS": "running"}, 1, False),  # ended as if all were well
         ({"SAYS": "done"}, 0, False),
     ):
         (tmp_path / "run" / "status.json").unlink(missing_ok=True)

@@ -158,6 +158,16 @@ def test_settings_of_an_optimizer_are_those_it_was_made_with(tmp_path: Path) -> 
         checkpoint.load_optimizer(tmp_path / "none", optimizer, model)
 
 
+def test_moments_that_a_checkpoint_does_not_have_are_forgotten(tmp_path: Path) -> None:
+    model = new_model()
+    fresh, used = torch.optim.AdamW(model.parameters()), torch.optim.AdamW(model.parameters())
+    save(tmp_path / "a", model, optimizer=fresh)
+    take_step(model, used, 0)
+    assert used.state
+    checkpoint.load_optimizer(tmp_path / "a", used, model)
+    assert not used.state
+
+
 def test_groups_may_be_cut_differently_but_not_counts(tmp_path: Path) -> None:
     model = new_model()
     parameters = list(model.parameters())
@@ -413,9 +423,13 @@ def test_replacing_a_checkpoint_leaves_one_at_every_moment(tmp_path: Path, monke
             monkeypatch.setattr(os, "replace", stop(os.replace))
             monkeypatch.setattr(shutil, "rmtree", stop(shutil.rmtree))
             monkeypatch.setattr(durable, "sync", stop(durable.sync))
-            save(path, new_model(count + 1), 2)
-            os._exit(0)
+            try:
+                save(path, new_model(count + 1), 2)
+                os._exit(0)
+            finally:
+                os._exit(1)
         _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) in (0, 9)
         for place in (path, path.parent):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # there is no last.json
@@ -513,6 +527,21 @@ def test_a_full_disk_leaves_what_was_there(
     checkpoint.verify(whole)
 
 
+def test_a_rename_that_fails_gives_the_name_back(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = os.replace
+
+    def refuse(source: Path, target: Path) -> None:
+        if target == whole and source == durable.partial_of(whole):
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        save(whole, new_model(1), 3)
+    assert [entry.name for entry in whole.parent.iterdir()] == ["step-000002"]
+    assert open_checkpoint(whole).step == 2
+
+
 def test_a_limit_on_the_size_of_files_is_met_alike(tmp_path: Path) -> None:
     """No fault is injected here: the operating system refuses to write on."""
     path = tmp_path / "step-000002"
@@ -521,8 +550,14 @@ def test_a_limit_on_the_size_of_files_is_met_alike(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         try:
-            save(path, nn.Linear(100, 100), 2)
+            model = nn.Linear(100, 100)
+            optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
+            model(torch.ones(100)).sum().backward()
+            optimizer.step()
+            # 10100 weights, averages and moments, of four bytes each
+            save(path, model, 2, optimizer=optimizer, ema=dict(model.named_parameters()))
         except OSError as error:
-            os._exit(7 if "Expected 40400 bytes for" in str(error) and not list(tmp_path.iterdir()) else 8)
-        os._exit(9)
+            os._exit(7 if "Expected 121200 bytes for" in str(error) and not list(tmp_path.iterdir()) else 8)
+        finally:
+            os._exit(9)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7

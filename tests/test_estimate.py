@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
+from latentphys import info_experiment
 from latentphys.configuration import compose
 from latentphys.flops import count_flops
 from latentphys.info_experiment import describe_experiment
@@ -23,6 +24,7 @@ from latentphys.training.hardware import GPUS, available_memory, known_gpu, meas
 from latentphys.training.optimizers import new_optimizer
 from latentphys.training.planned import Planned, plan, plan_autoencoder, plan_dynamics
 from latentphys.training.recompute import set_recompute
+from latentphys.transformer.block import TransformerBlock
 
 if TYPE_CHECKING:
     from small import Road
@@ -178,6 +180,10 @@ def _large(**changes: Any) -> Estimate:
     return estimate(dynamics(*WIDE, "router.num_experts=8"), settings)
 
 
+def _size(module: nn.Module) -> int:
+    return 4 * sum(parameter.numel() for parameter in module.parameters())
+
+
 def test_what_each_process_keeps() -> None:
     needs = _large(ema=True)
     weights = needs.sizes.parameters
@@ -190,6 +196,10 @@ def test_what_each_process_keeps() -> None:
     stack = 4 * 8 * 3 * 192 * 384
     assert needs.sizes.largest_stack == stack and needs.sizes.experts == 2 * stack
     assert sharded.communication - spread.communication == pytest.approx(3 * stack * 3 / 4, rel=0.2)
+    model = dynamics(*WIDE, "router.num_experts=8")().task.model()
+    blocks = [_size(layer) for layer in model.modules() if isinstance(layer, TransformerBlock)]
+    group = max(stack, rest := blocks[0] - stack)
+    assert sharded.communication == weights - sum(blocks) + stack + rest + 2 * group
     alone = replace(needs, settings=replace(needs.settings, num_processes=1, batch_size=4)).memory()
     assert alone.communication == 0
     assert needs.checkpoint == weights + needs.sizes.buffers + needs.sizes.optimizer + weights
@@ -208,6 +218,8 @@ def test_sharded_experts_are_gathered_in_16_bits() -> None:
     copies = needs.trace.expert_copies
     assert needs.sizes.experts // 4 <= copies <= needs.sizes.experts // 2
     assert needs.memory("ddp").activations - needs.memory("fsdp").activations == copies
+    gathered = [case.memory("fsdp").communication for case in (_large(), needs)]
+    assert gathered[0] - gathered[1] == needs.sizes.largest_stack // 2
 
 
 def test_with_few_activations_the_end_of_the_step_is_the_fullest() -> None:
@@ -309,6 +321,33 @@ def test_a_run_that_does_not_fit_is_refused_with_what_would() -> None:
     assert advice["both of these"] < min(advice["trainer.accumulate=8"], advice["trainer.recompute=true"]) < total
     several = remedies(dynamics(*overrides), Settings(8, num_processes=2, recompute=True))
     assert list(several) == ["trainer.accumulate=4", "trainer.strategy=fsdp on 2 processes"]
+
+
+def test_settings_are_those_of_the_trainer() -> None:
+    given = {"batch_size": 8, "accumulate": 2, "optimizer": "soap", "ema": 0.99, "mixed_precision": "bf16"}
+    assert Settings.of({**given, "recompute": True}, 4) == Settings(8, 4, 2, "soap", True, True, True)
+    sharded = {"batch_size": 8, "ema": None, "mixed_precision": "no", "strategy": "fsdp", "expert_parallel": 2}
+    assert Settings.of(sharded, 2) == Settings(8, 2, strategy="fsdp", expert_parallel=2)
+
+
+def test_microbatches_change_no_flops_of_a_step() -> None:
+    key = "FLOPs per step of a process"
+    whole, halves = (
+        describe_experiment("dynamics", [*NARROW, "latent_shape=[4,4,4]", "trainer.batch_size=4", *more])[key]
+        for more in ([], ["trainer.accumulate=2"])
+    )
+    assert whole == halves and whole["of which worked out again"] == 0
+
+
+def test_too_little_memory_is_said() -> None:
+    needs = estimate(dynamics(*NARROW), Settings(2))
+    assert not any("memory" in text for text in info_experiment._times(needs, 0.25).values())
+    vast = replace(needs, sizes=replace(needs.sizes, parameters=10**12))
+    assert all(text.endswith(" s, too little memory") for text in info_experiment._times(vast, 0.25).values())
+    assert [info_experiment._here(size).rpartition(": ")[2] for size in (1, 10**18)] == [
+        "enough for a process",
+        "too little for a process",
+    ]
 
 
 def test_a_run_without_remedy() -> None:

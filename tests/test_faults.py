@@ -24,7 +24,9 @@ from latentphys.cli import INTERRUPTED, main
 from latentphys.data import Windows
 from latentphys.training import open_checkpoint
 from latentphys.training.control import PREEMPTED
+from latentphys.training.ema import EMA
 from latentphys.training.loop import Loop
+from latentphys.training.tasks import DynamicsTask, Output
 
 KINDS = ("autoencoder", "dynamics")
 LAUNCH = Path(__file__).parent.parent / "configs" / "accelerate" / "cpu_2proc.yaml"
@@ -85,15 +87,31 @@ def test_a_leap_of_the_loss_is_skipped(road: Road, tmp_path: Path, monkeypatch: 
         window[-1] *= 1e3 if (trajectory, start, len(self)) == (1, 2, 15) else 1.0
         return window
 
-    settings = ["trainer.batch_size=1", "trainer.num_steps=45", "trainer.log_every=15"]
+    updated: list[int] = []
+    balanced: list[Output] = []
+    update, after_step = EMA.update, DynamicsTask.after_step
+
+    def updating(self: EMA, model: torch.nn.Module, step: int) -> None:
+        updated.append(step)
+        update(self, model, step)
+
+    def balancing(self: DynamicsTask, output: Output) -> None:
+        balanced.append(output)
+        after_step(self, output)
+
+    settings = ["trainer.batch_size=1", "trainer.num_steps=45", "trainer.log_every=15", "trainer.ema=0.9"]
     stores = road.inputs("dynamics")[:1]
     monkeypatch.setattr(Windows, "read", leaping)
+    monkeypatch.setattr(EMA, "update", updating)
+    monkeypatch.setattr(DynamicsTask, "after_step", balancing)
     run = tmp_path / "run"
     train("dynamics", stores, run, *settings)
     dumped = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
     # Once in every fifteen steps; the first time there is nothing yet to compare it with.
     assert [(line["trajectories"], line["starts"]) for line in dumped] == [([1], [2])] * 2
     assert all("leapt to" in line["reason"] for line in dumped)
+    # Neither the average nor the routers' biases know of them.
+    assert updated == sorted(set(range(45)) - {line["step"] for line in dumped}) and len(balanced) == 43
 
 
 def test_a_store_that_vanishes_stops_the_run_with_all_it_learnt(
@@ -264,8 +282,6 @@ def test_a_full_disk_keeps_the_checkpoint_before(road: Road, tmp_path: Path, mon
 
 def test_experts_that_no_token_comes_to_are_named(road: Road, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bias that no score overcomes keeps three of four experts without tokens."""
-    from latentphys.training.tasks import DynamicsTask
-
     made = DynamicsTask.__init__
 
     def biased(self: DynamicsTask, *given: Any, **named: Any) -> None:
@@ -284,10 +300,15 @@ def test_experts_that_no_token_comes_to_are_named(road: Road, tmp_path: Path, mo
 def test_training_stops_when_tests_no_longer_fall(road: Road, tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = ["trainer.num_steps=40", "trainer.test_every=1", "trainer.patience=3", "trainer.learning_rate=1e-12"]
+    settings += ["trainer.checkpoint_every=40"]
     last = train("dynamics", road.inputs("dynamics"), run, *settings)
     state = open_checkpoint(run)
     assert last == state.path and 4 <= state.step < 40
     assert "stopped early" in events(run)[-1] and status(run)["state"] == "done"
     best = json.loads((run / "best.json").read_text())["checkpoint"]
     assert open_checkpoint(run / "best").path.name == best
+    assert state.step == open_checkpoint(run / "best").step + 3 and state.state["tests_without_best"] == 3
     assert train("dynamics", road.inputs("dynamics"), run, *settings).name == last.name
+    with pytest.warns(UserWarning, match=r"trainer\.patience"):
+        train("dynamics", road.inputs("dynamics"), run, *settings, "trainer.patience=5")
+    assert open_checkpoint(run).step == state.step + 2 and open_checkpoint(run).state["best"] == state.state["best"]

@@ -18,6 +18,7 @@ from latentphys.data import Store, open_store
 from latentphys.rollout import rollout_store
 from latentphys.training import checkpoint, encode_store, load_autoencoder, load_dynamics, open_checkpoint
 from latentphys.training.finetune import FineTuning, merge_checkpoint, prepare, prepare_autoencoder, save_autoencoder
+from latentphys.training.lora import LowRank
 from latentphys.training.models import autoencoder_extra, new_dynamics
 from latentphys.transformer.conditioning import (
     Conditioning,
@@ -196,10 +197,11 @@ def test_what_trains(one: OneFamily) -> None:
         routing = {name for name, _ in full.named_parameters() if ".router." in name}
         assert len(routing) == 2 * 3 and frozen == (routing if freeze else set())
         assert [r.num_frozen for r in full.transformer.routers()] == [4 * freeze] * 2
-        low = one.prepare("lora", freeze_router=freeze)[0]
+        low = one.prepare("lora", freeze_router=freeze, alpha=2.0)[0]
         trained = {name for name, p in low.named_parameters() if p.requires_grad}
         rest = {name for name in trained if not name.endswith((".a", ".b"))}
         assert rest == {new_condition} | (set() if freeze else routing)
+        assert {module.scale for module in low.modules() if isinstance(module, LowRank)} == {2.0 / 4}
     grown = one.prepare("experts")[0]
     trained = {name for name, p in grown.named_parameters() if p.requires_grad}
     assert len(trained) == 2 * 3 + 1 and all(name.endswith(".new") or name == new_condition for name in trained)
@@ -255,6 +257,8 @@ def test_a_checkpoint_says_all_of_itself_and_merges_to_a_plain_one(one: OneFamil
         torch.testing.assert_close(merged, tuned, rtol=1e-5, atol=1e-5)
     plain = merge_checkpoint(tmp_path / "tuned", tmp_path / "plain")
     assert "adaptation" not in open_checkpoint(plain).extra
+    assert open_checkpoint(plain).step == open_checkpoint(tmp_path / "tuned").step == 1
+    assert set(load_dynamics(plain)[1].scales) == {"open_channel", "porous"}
     assert set(load_file(plain / "model.safetensors")) == set(loaded.state_dict())
     with torch.no_grad():
         assert torch.equal(one.step(load_dynamics(plain)[0], "porous"), merged)
@@ -278,6 +282,21 @@ def test_a_tuned_model_can_be_tuned_again(one: OneFamily, tmp_path: Path) -> Non
     optimise(one, second, new_optimizer(second), 1)
     save(one, tmp_path / "second", second, autoencoder, config)
     assert load_dynamics(tmp_path / "second")[0].experts == {"open_channel": 4}
+
+
+def test_a_third_family_gets_experts_that_neither_of_the_others_may_choose(one: OneFamily, tmp_path: Path) -> None:
+    dynamics, autoencoder, config = one.prepare("experts")
+    optimise(one, dynamics, new_optimizer(dynamics), 2)
+    save(one, tmp_path / "tuned", dynamics, autoencoder, config)
+    latents, fields = (open_store(group["porous"].path) for group in (one.latents, one.fields))
+    latents.family = fields.family = "third"
+    tuning, interval = FineTuning(tmp_path / "tuned", **WAYS["experts"]), {"third": dynamics.interval("porous")}
+    grown, _, _ = prepare(tuning, load_autoencoder(one.extended), [latents], [fields], [TRAIN], interval)
+    assert grown.experts == {"open_channel": 4, "porous": 6}
+    assert [router.num_experts for router in grown.transformer.routers()] == [8] * 2
+    before = load_dynamics(tmp_path / "tuned")[0].requires_grad_(False)
+    for family in ("open_channel", "porous"):
+        assert torch.equal(one.step(grown.requires_grad_(False), family), one.step(before, family))
 
 
 def test_the_copied_experts_are_those_that_the_new_family_uses_most(one: OneFamily, tmp_path: Path) -> None:
@@ -317,10 +336,18 @@ def test_an_autoencoder_gets_scales_of_families_it_never_saw(one: OneFamily, tmp
     # The autoencoder inside a dynamics checkpoint will do.
     inside, _ = prepare_autoencoder(FineTuning(one.dynamics["top1"], "scales"), [porous], [TRAIN])
     assert inside.scale("porous").to_dict() == after.scale("porous").to_dict()
-    given = {"porous": after.scale("porous")}
-    assert (
-        prepare_autoencoder(FineTuning(one.autoencoder), [porous], [TRAIN], given)[0].scale("porous") is given["porous"]
-    )
+    given = {"porous": after.scale("porous"), "open_channel": after.scale("porous")}
+    model, _ = prepare_autoencoder(FineTuning(one.autoencoder), [porous], [TRAIN], given)
+    assert model.scale("porous") is given["porous"]
+    assert model.scale("open_channel").to_dict() == before.scale("open_channel").to_dict()
+    # A dynamics model keeps the scales of its families where the new latents' autoencoder has none of them.
+    alone = load_autoencoder(one.extended)
+    del alone.scales["open_channel"]
+    interval = {"porous": float(porous.times[1])}
+    _, both, _ = prepare(FineTuning(one.dynamics["top1"]), alone, [one.latents["porous"]], [porous], [TRAIN], interval)
+    assert {name: scale.to_dict() for name, scale in both.scales.items()} == {
+        name: scale.to_dict() for name, scale in after.scales.items()
+    }
 
 
 def test_what_does_not_fit_is_refused(one: OneFamily, road: Road, tmp_path: Path) -> None:
@@ -357,8 +384,11 @@ def test_what_does_not_fit_is_refused(one: OneFamily, road: Road, tmp_path: Path
         prepare(tuning, other, stores, sources, [TRAIN], {})
     stores, sources = [one.latents["open_channel"]], [one.fields["open_channel"]]
     model = load_autoencoder(one.extended)
-    with pytest.raises(ValueError, match="interval of .* s that the model knows for family 'open_channel', got 3 s"):
-        prepare(tuning, model, stores, sources, [TRAIN], {"open_channel": 3.0})
+    known = load_dynamics(one.dynamics["top1"])[0].interval("open_channel")
+    for interval in (3.0, known * 1.001):
+        message = f"interval of .* s that the model knows for family 'open_channel', got {interval:g} s"
+        with pytest.raises(ValueError, match=message):
+            prepare(tuning, model, stores, sources, [TRAIN], {"open_channel": interval})
 
 
 def test_parameters_that_cannot_enter_as_they_did_are_refused(one: OneFamily, tmp_path: Path) -> None:
@@ -408,11 +438,13 @@ def test_new_numbers_that_are_zero_leave_every_bit_of_a_linear_map(dtype: torch.
 def test_the_commands_tune_a_model_and_go_on_with_a_run_that_stopped(one: OneFamily, tmp_path: Path, way: str) -> None:
     """Frozen weights keep every bit, trained ones move, and so does their average; a stop in between changes no bit."""
     settings = [f"finetune.{name}={value}" for name, value in {"checkpoint": one.dynamics["top1"], **WAYS[way]}.items()]
-    settings += ["trainer.ema=0.5", "trainer.num_steps=6", "trainer.schedule=constant"]
+    settings += ["trainer.ema=0.5", "trainer.num_steps=6", "trainer.schedule=constant", "dynamics.dim=48"]
     stores = [one.latents["porous"].path]
     whole = train("dynamics", stores, tmp_path / "whole", *settings)
     train("dynamics", stores, tmp_path / "run", *settings, "trainer.num_steps=3")
     last = train("dynamics", stores, tmp_path / "run", *settings)
+    # What the run is of is the checkpoint's model, whatever the presets say.
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["dynamics"] == open_checkpoint(last).config
     found = {}
     for name in ("model", "ema", "optimizer"):
         found[name], expected = load_file(last / f"{name}.safetensors"), load_file(whole / f"{name}.safetensors")
@@ -424,6 +456,35 @@ def test_the_commands_tune_a_model_and_go_on_with_a_run_that_stopped(one: OneFam
     assert any(not torch.equal(found["model"][key], found["ema"][key]) for key in found["model"])
     merged, _ = load_dynamics(last)
     assert {"porous", "open_channel"} <= set(merged.intervals)
+    assert_averaged(merged, last)
+
+
+def assert_averaged(model: torch.nn.Module, path: Path) -> None:
+    """Every weight that a model shares with a checkpoint is the averaged one, and not by chance."""
+    last, average = (load_file(path / f"{name}.safetensors") for name in ("model", "ema"))
+    state = model.state_dict()
+    shared = sorted(state.keys() & average.keys())
+    assert len(shared) > 10 and all(torch.equal(state[key], average[key]) for key in shared)
+    assert any(not torch.equal(last[key], average[key]) for key in shared)
+
+
+def test_a_model_that_is_loaded_for_use_has_the_averaged_weights(one: OneFamily, tmp_path: Path) -> None:
+    """Whole, with experts that are read one at a time, as the start of fine-tuning, and merged."""
+    settings = ["trainer.ema=0.5", "trainer.num_steps=3", "trainer.learning_rate=4e-3", "trainer.schedule=constant"]
+    autoencoder = train("autoencoder", [one.fields["open_channel"].path], tmp_path / "autoencoder", *settings)
+    assert_averaged(load_autoencoder(autoencoder), autoencoder)
+    tuned, _ = prepare_autoencoder(FineTuning(autoencoder), [one.fields["porous"]], [TRAIN])
+    assert_averaged(tuned, autoencoder)
+    path = train("dynamics", [one.latents["open_channel"].path], tmp_path / "dynamics", *settings)
+    whole, lazy = load_dynamics(path)[0], load_dynamics(path, max_resident_experts=2)[0]
+    merged = load_dynamics(merge_checkpoint(path, tmp_path / "merged"))[0]
+    for model in (whole, lazy, merged, one.tuned(FineTuning(path), ["porous"])[0]):
+        assert_averaged(model, path)
+    with torch.no_grad():
+        steps = [one.step(model, "open_channel") for model in (whole, lazy)]
+        torch.testing.assert_close(*steps, rtol=1e-5, atol=1e-5)
+        open_checkpoint(path).load_into(whole)  # the last ones
+        assert (one.step(whole, "open_channel") - steps[0]).abs().max() > 1e-3
 
 
 def test_the_command_adds_scales_to_an_autoencoder(one: OneFamily, tmp_path: Path) -> None:

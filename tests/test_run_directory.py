@@ -425,6 +425,10 @@ def test_a_log_goes_back_and_keeps_events(tmp_path: Path) -> None:
     lines = read_log(path)
     assert [line.get("event", line.get("loss")) for line in lines] == [1, 2, 3, "skipped step 5", 0.5, "another"]
     assert lines[-1]["seconds"] >= lines[3]["seconds"]
+    from_there = RunLog(path)
+    from_there.rewind(5)
+    from_there.write(step=5, event="another")
+    assert read_log(path) == lines
     RunLog(path).rewind(0)
     assert len(read_log(path)) == 2
     path.write_text('[1]\n{"loss": 3}\n{"step": "a"}\n\0\n{"step": 1}\n')

@@ -104,6 +104,8 @@ def test_two_processes_train_what_one_does(spread: Path, alone: Path, kind: str,
             assert found[key].shape == value.shape and found[key].dtype == value.dtype
         a, b = (torch.cat([tensors[k].flatten().double() for k in sorted(tensors)]) for tensors in (found, expected))
         assert (a - b).norm() < bound * b.norm(), file
+    ours, theirs = (open_checkpoint(run).state["guard"]["losses"] for run in (two, one))
+    assert set(ours) == set(theirs) and all(ours[family] == pytest.approx(theirs[family], rel=1e-5) for family in ours)
     lines = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (two, one)]
     for found, expected in zip(*lines, strict=True):
         for key in {key for key in expected if key == "loss" or key.endswith(("vrmse", "latent_mse"))}:

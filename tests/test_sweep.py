@@ -7,21 +7,25 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import mean, stdev
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from small import MODEL, TRAINER, Road, configuration
 
+from latentphys import cli_training
+from latentphys.cli import main
 from latentphys.configuration import compose
-from latentphys.training import results
+from latentphys.training import launchers, results
 from latentphys.training.launchers import run_locally, submit
 from latentphys.training.sweep import Job, expand
 
 REPOSITORY = Path(__file__).parent.parent
 STAND_IN = """
-import json, os, signal, sys, time
+import json, os, signal, subprocess, sys, time
 from pathlib import Path
 
 settings = dict(text.split("=", 1) for text in sys.argv[3:])
@@ -41,6 +45,12 @@ match settings["router"]:
         signal.signal(signal.SIGUSR1, save)
         say("running")
         time.sleep(30)
+    case "launcher":
+        argv = [sys.executable, "-m", "latentphys", *sys.argv[1:3], "router=tree", f"run={run}"]
+        sys.exit(subprocess.call(argv, start_new_session=True) and 1)
+    case "starting":
+        os.kill(os.getpid(), signal.SIGUSR1)
+        say("done" if os.getsid(0) == os.getpid() else "failed")
 """
 """Takes the place of the program: it ends as the router says."""
 
@@ -136,6 +146,7 @@ def test_runs_that_fail_or_are_killed_leave_the_others_alone(stand_in: Path) -> 
     assert told[-2:] == [("router=top1", "running"), ("router=top1", "done")]
     assert (out / "logs" / "router=topk.log").read_text().endswith("Expected more, got less.\n")
     run_locally(some)
+    assert (out / "logs" / "router=topk.log").read_text().count("Expected more, got less.") == 2
     assert [(job.run / "starts").read_text() for job in some if (job.run / "starts").is_file()] == ["xx", "x", "x"]
 
 
@@ -168,6 +179,68 @@ def test_a_signal_lets_the_run_save_and_ends_the_sweep(stand_in: Path, number: s
     assert signal.getsignal(number) == before
 
 
+def test_a_signal_before_a_run_can_save_is_no_harm_and_is_said_again(stand_in: Path) -> None:
+    some = [Job("dynamics", stand_in / "out" / name, (f"router={name}",)) for name in ("starting", "launcher", "top1")]
+
+    def interrupt(job: Job, state: str, log: Path) -> None:
+        if (job.run.name, state) == ("launcher", "running"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert run_locally(some, report=interrupt) == {"starting": "done", "launcher": "preempted", "top1": "new"}
+
+
+def test_the_exit_status_says_how_a_sweep_ended(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def swept(*overrides: str) -> int:
+        return main(["sweep", "dynamics", "stores=[a.zarr]", f"out={stand_in / 'out'}", *overrides])
+
+    assert swept("router=top1", "trainer.seed=0,1") == 0
+    assert swept("router=topk,top1") == 1
+    monkeypatch.setattr(cli_training, "_report", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert swept("router=tree", "trainer.seed=2,3") == 75
+
+
+def test_only_what_is_not_done_is_queued_and_what_it_said_since_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = jobs(tmp_path, "router=top1,topk,dense")
+    for job, state in zip(some, ("done", "preempted", "preempted"), strict=True):
+        job.run.mkdir()
+        (job.run / "status.json").write_text(json.dumps({"state": state, "time": 0}))
+    queued: list[list[str]] = []
+
+    class Queue:
+        def map_array(self, rank: Any, arguments: list[list[str]]) -> list[Any]:
+            queued.extend(arguments)
+            (some[2].run / "status.json").write_text('{"state": "done", "time": 1}')
+            return [SimpleNamespace(done=lambda: True, paths=SimpleNamespace(stderr=tmp_path)) for _ in arguments]
+
+    monkeypatch.setattr(launchers, "_executor", lambda *_: Queue())
+    assert submit(some, {}) == {"router=top1": "done", "router=topk": "failed", "router=dense": "done"}
+    assert queued == [some[1].arguments, some[2].arguments]
+
+
+@pytest.mark.parametrize(("status", "is_requeued"), [(0, False), (1, False), (75, True)])
+def test_a_rank_is_queued_again_where_it_was_preempted(
+    monkeypatch: pytest.MonkeyPatch, status: int, is_requeued: bool
+) -> None:
+    """Training takes the signal's handler for itself; submitit's is there again when it is needed."""
+    asked: list[int] = []
+
+    def train(arguments: list[str]) -> int:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        return status
+
+    monkeypatch.setattr("submitit.JobEnvironment", lambda: SimpleNamespace(num_tasks=1))
+    monkeypatch.setattr("latentphys.cli.main", train)
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: asked.append(number))
+    try:
+        with pytest.raises(RuntimeError, match=f"status {status}; see") if status else nullcontext():
+            launchers._Rank()(["train"])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert bool(asked) == is_requeued
+
+
 def test_submitit_and_its_settings_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     some = jobs(tmp_path, "router=top1,topk")
     for settings, message in (
@@ -195,6 +268,10 @@ def test_runs_that_differ_in_the_seed_become_mean_and_spread() -> None:
     assert [row["test/a/x ±"] for row in summary] == [stdev([1.0, 4.0]), stdev([2.0, 2.5])]
     assert [row["trainer.seed"] for row in summary] == ["0, 1", "0, 1"]
     assert summary[0]["run"] == "2 runs such as r0"
+    best = results.over_seeds([{**row, "best": n} for n, row in enumerate(rows(1.0, 4.0, 2.0, 2.5))])
+    assert [row["best"] for row in best] == [0.5, 2.5]
+    unknown = results.ordered(rows(float("nan"), 4.0, float("inf"), 2.5), "test/a/x")
+    assert [row["run"] for row in unknown[:2]] == ["r3", "r1"]
     ranked = results.ordered(summary, "test/a/x")
     assert [row["router"] for row in ranked] == ["b", "a"]
     text = results.as_csv(ranked).splitlines()
@@ -203,12 +280,13 @@ def test_runs_that_differ_in_the_seed_become_mean_and_spread() -> None:
     assert json.loads(results.as_json(ranked)) == ranked
 
 
-def test_what_is_not_done_takes_no_part_in_means() -> None:
+@pytest.mark.parametrize("state", ["failed", "running", "preempted"])
+def test_what_is_not_done_takes_no_part_in_means(state: str) -> None:
     four = rows(1.0, 4.0, 2.0, None)
-    four[1]["state"] = "failed"
+    four[1]["state"] = state
     summary = results.over_seeds(four)
     assert [(row["test/a/x"], row["test/a/x ±"]) for row in summary] == [(1.0, None), (4.0, None), (2.0, None)]
-    assert [row["state"] for row in summary] == ["done", "failed", "done"]
+    assert [row["state"] for row in summary] == ["done", state, "done"]
     different = [{**row, "trainer.seed": 0, "depth": n} for n, row in enumerate(four)]
     assert results.over_seeds(different) == different
     assert [row["run"] for row in results.ordered(four, "test/a/x")] == ["r0", "r2", "r1", "r3"]
@@ -273,7 +351,8 @@ def test_ranks_of_a_submitted_run_train_together(road: Road, tmp_path: Path) -> 
 
     from latentphys.training import open_checkpoint
 
-    settings = ["trainer.num_steps=2", "router=top1", "trainer.seed=0,1"]
+    # The noise of an input is drawn by each rank for itself.
+    settings = ["trainer.num_steps=2", "router=top1", "trainer.seed=0,1", "dynamics_training.input_noise=0"]
     ended = subprocess.run(
         [*command(road, tmp_path / "s", *settings), "--launcher", "submitit", "--submitit"]
         + ["cluster=local", "tasks_per_node=2", "timeout_min=5"],

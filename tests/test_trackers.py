@@ -157,8 +157,28 @@ def test_wandb_goes_on_with_the_same_run(
     assert inits[0]["dir"] == str(tmp_path / "run" / "trackers")
     assert logged == [({"loss": 1.0}, 1), ({"loss": 1.0}, 4)]
     accelerator = Accelerator(cpu=True, log_with=["wandb"], project_dir=str(tmp_path / "other"))
-    trackers.start(accelerator, ["wandb"], tmp_path / "other", 0)
-    assert inits[2]["id"] != inits[0]["id"]
+    trackers.start(accelerator, ["wandb"], tmp_path / "other" / "run", 0)
+    assert inits[2]["name"] == "run" and inits[2]["id"] != inits[0]["id"]
+
+
+def test_every_tracker_is_told_which_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[dict[str, dict[str, Any]], dict[str, Any] | None]] = []
+
+    def init(accelerator: Accelerator, project: str, config: Any, init_kwargs: Any) -> None:
+        told.append((init_kwargs, config))
+
+    monkeypatch.setattr(Accelerator, "init_trackers", init)
+    accelerator = Accelerator(cpu=True)
+    for folder, first in (("a", 0), ("a", 3), ("b", 0)):
+        trackers.start(accelerator, ["mlflow", "trackio"], tmp_path / folder / "run", first, {"seed": 1})
+    assert [config for _, config in told] == [{"seed": 1}, None, {"seed": 1}]
+    names = [settings["trackio"]["name"] for settings, _ in told]
+    assert names[0] == names[1] != names[2]
+    assert all(settings["trackio"]["resume"] == "allow" for settings, _ in told)
+    assert [(settings["mlflow"]["run_name"], settings["mlflow"]["tags"]) for settings, _ in told] == [
+        ("run", {"run": str(tmp_path / folder / "run"), "first_step": first})
+        for folder, first in (("a", "0"), ("a", "3"), ("b", "0"))
+    ]
 
 
 def test_without_trackers_nothing_is_made(tmp_path: Path) -> None:

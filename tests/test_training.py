@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from small import NUM_TRAJECTORIES, Road, configuration, train
 
 import latentphys
-from latentphys.data import open_store
+from latentphys.data import Batch, open_store
 from latentphys.data.relayout import relayout
 from latentphys.training import (
     Trainer,
@@ -26,6 +27,9 @@ from latentphys.training import (
     train_autoencoder,
     train_dynamics,
 )
+from latentphys.training.loop import Loop, _seed
+from latentphys.training.models import build
+from latentphys.training.tasks import DynamicsTask, Output
 
 KINDS = ("autoencoder", "dynamics")
 
@@ -75,7 +79,64 @@ def test_the_log_has_losses_and_held_out_figures(road: Road) -> None:
         assert [line["step"] for line in lines] == [2, 3, 4, 6, 6]
         tests = [line for line in lines if f"test/open_channel/{figure}" in line]
         assert [line["step"] for line in tests] == [3, 6]
+        scores = [mean(line[f"test/{family}/{figure}"] for family in road.fields) for line in tests]
+        run = road.autoencoder.parent / kind
+        assert open_checkpoint(run).state["best"] == pytest.approx(min(scores))
+        assert open_checkpoint(run / "best").step == (3, 6)[scores.index(min(scores))]
         assert all(math.isfinite(value) for line in lines for key, value in line.items() if key != "routing")
+
+
+def test_every_step_has_its_own_learning_rate_and_random_numbers(
+    road: Road, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[list[float]] = []
+    seeds: list[int] = []
+    take = Loop._step
+
+    def taking(self: Loop, *given: Any) -> None:
+        take(self, *given)
+        rates.append([group["lr"] for group in self.optimizer.param_groups])
+        seeds.append(torch.initial_seed())
+
+    monkeypatch.setattr(Loop, "_step", taking)
+    config = configuration("dynamics", road.inputs("dynamics"), tmp_path / "run", "trainer.log_every=1")
+    train_dynamics(config)
+    expected = [build(config["trainer"]).learning_rate_at(step) for step in range(6)]
+    assert len(set(expected)) > 3 and rates == [[rate] * len(rates[0]) for rate in expected]
+    assert [line["lr"] for line in log(tmp_path / "run") if "lr" in line] == expected
+    assert seeds == [_seed(0, step, 0) for step in range(6)]
+    assert len({_seed(seed, step, rank) for seed in range(3) for step in range(50) for rank in range(8)}) == 1200
+
+
+def test_held_out_windows_are_tested_without_noise_on_averaged_weights(
+    road: Road, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that hardly move are persistence still: its error is known of every window, each step from the last."""
+    modes: set[tuple[bool, int]] = set()
+    averaged: list[bool] = []
+    forward, test = DynamicsTask.forward, Loop.test
+
+    def seeing(self: DynamicsTask, batch: Batch) -> Output:
+        output = forward(self, batch)
+        modes.update((self.training, trajectory) for trajectory in batch.trajectories.tolist())
+        if not self.training:
+            errors = (batch.values[:, 1:] - batch.values[:, :1]) / self.dynamics.increment_std
+            torch.testing.assert_close(next(iter(output.figures.values())), errors.square().mean())
+            assert set(output.figures) == {f"{self.stores()[batch.store].family}/latent_mse"}
+        return output
+
+    def testing(self: Loop) -> dict[str, float]:
+        assert self.average is not None
+        weights = self.task.model().state_dict()
+        averaged.append(all(torch.equal(weights[name], x) for name, x in self.average.tensors().items()))
+        return test(self)
+
+    monkeypatch.setattr(DynamicsTask, "forward", seeing)
+    monkeypatch.setattr(Loop, "test", testing)
+    settings = ["trainer.learning_rate=1e-9", "trainer.ema=0.9", "trainer.batch_size=4"]
+    noise = ["dynamics_training.unroll=2", "dynamics_training.input_noise=0.5"]
+    train("dynamics", road.inputs("dynamics"), tmp_path / "run", *settings, *noise)
+    assert modes == {(True, 0), (True, 1), (True, 2), (False, 3)} and averaged == [True, True]
 
 
 def test_checkpoints_give_back_every_bit(road: Road) -> None:

@@ -55,7 +55,7 @@ def train_autoencoder(config: Config) -> Path:
         model_config,
         config["loss_weights"],
     )
-    return trainer.fit(task, run, config, config["resume"])
+    return trainer.fit(task, run, {**config, "autoencoder": model_config}, config["resume"])
 
 
 def train_dynamics(config: Config) -> Path:
@@ -111,7 +111,7 @@ def train_dynamics(config: Config) -> Path:
         balance_losses=balance_losses,
         loss_weights=config["loss_weights"],
     )
-    return trainer.fit(task, Path(config["run"]), config, config["resume"])
+    return trainer.fit(task, Path(config["run"]), {**config, "dynamics": model_config}, config["resume"])
 
 
 def _finetuning(config: Config) -> FineTuning | None:
