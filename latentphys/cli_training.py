@@ -13,7 +13,7 @@ MODELS = ("autoencoder", "dynamics")
 
 Add = Callable[..., argparse.ArgumentParser]
 
-DONE, FAILED, PREEMPTED = 0, 1, 75
+DONE, FAILED = 0, 1
 
 SWEEP_EXAMPLES = """examples:
   latentphys sweep dynamics stores=[porous.latent.zarr] out=runs/routers router=top1,topk,dense trainer.seed=0,1,2
@@ -44,6 +44,7 @@ def train(arguments: argparse.Namespace) -> int:
 
 def sweep(arguments: argparse.Namespace) -> int:
     from latentphys.info_run import is_run
+    from latentphys.training.control import PREEMPTED
     from latentphys.training.launchers import run_locally, submit
     from latentphys.training.sweep import expand
 

@@ -81,18 +81,19 @@ def table(runs: Sequence[str | Path]) -> list[dict[str, Any]]:
     configs = [flat(manifest.read_json(folder / "config.json")) for folder in folders]
     names = [name for name in dict.fromkeys(name for config in configs for name in config) if name not in _OWN]
     differing = [name for name in names if len({json.dumps(config.get(name)) for config in configs}) > 1]
-    last = [_last_test(read_log(folder / "log.jsonl")) for folder in folders]
+    logs = [read_log(folder / "log.jsonl") for folder in folders]
+    last = [_last_test(log) for log in logs]
     figures = list(dict.fromkeys(name for test in last for name in test))
     return [
         {
             "run": str(folder),
             "state": state(folder),
-            "step": max((line["step"] for line in read_log(folder / "log.jsonl")), default=0),
+            "step": max((line["step"] for line in log), default=0),
             **{name: config.get(name) for name in differing},
             "best": _finite(_pointed(folder, checkpoint.LAST).get("state", {}).get("best")),
             **{name: test.get(name) for name in figures},
         }
-        for folder, config, test in zip(folders, configs, last, strict=True)
+        for folder, config, log, test in zip(folders, configs, logs, last, strict=True)
     ]
 
 

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import socket
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from latentphys.routers import Experts, TopK
 from latentphys.routers.growth import grow
-from latentphys.training import checkpoint, lora, open_checkpoint
+from latentphys.training import checkpoint, lora, open_checkpoint, sharding
 from latentphys.training.sharding import clip_grad_norm, shard
 from latentphys.transformer.model import LatentTransformer
 
@@ -225,3 +226,12 @@ def test_two_processes_that_share_the_model_train_it_as_one(tmp_path: Path) -> N
         assert set(stored) == set(state)
         for name, tensor in stored.items():
             torch.testing.assert_close(tensor, state[name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [new_model, partial(new_grown, torch.float32)], ids=["lora", "grown"])
+def test_adapted_experts_are_not_spread_over_ranks(make: Callable[[], LatentTransformer]) -> None:
+    layers = [module for module in make().modules() if isinstance(module, Experts)]
+    for layer in layers:
+        with pytest.raises(ValueError, match=r"Expected plain experts to spread over ranks, .*set expert_parallel = 1"):
+            sharding._check(layer, 2, 1)
+        sharding._check(layer, 1, 2)
