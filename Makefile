@@ -51,7 +51,7 @@ bench: setup
 # torch stays where the lock has it: newer ones pull several gigabytes of CUDA packages.
 lock:
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
-	build/lock/bin/python $(PIP_INSTALL) $$(grep '^torch==' $(LOCK)) '.[viz,export,trackers,soap,sweeps,formats,dev]'
+	build/lock/bin/python $(PIP_INSTALL) $$(grep '^torch==' $(LOCK)) '.[viz,export,trackers,soap,sweeps,formats,bench,dev]'
 	grep '^#' $(LOCK) > build/lock.txt
 	build/lock/bin/python -m pip freeze --all --exclude pip --exclude latentphys | sed 's/+cpu$$//' | LC_ALL=C sort -f >> build/lock.txt
 	mv build/lock.txt $(LOCK) && rm -rf build *.egg-info

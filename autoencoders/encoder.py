@@ -1,64 +1,120 @@
-"""The encoder: from velocities on faces to a latent a few cells wide."""
+"""The encoder: from fields on a fine grid to a latent a few cells wide."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from latentphys.autoencoders.layers import BoundaryConv, Level, Periodic, space_to_depth
-
-SATURATION = 5.0
-"""Latents are bounded by this; near zero they are what the network says."""
-
-
-def saturate(z: Tensor) -> Tensor:
-    """z / √(1 + (z/B)²): the identity near zero, bounded by B = `SATURATION`."""
-    return z * torch.rsqrt(1 + (z / SATURATION).square())
+from latentphys.autoencoders.layers import (
+    Basis,
+    BoundaryConv,
+    ChannelNorm,
+    Down,
+    Level,
+    LinearPath,
+    Patches,
+    condition_embedding,
+    fp32,
+    space_to_depth,
+    unused,
+    zeroed,
+)
+from latentphys.autoencoders.place import Place
 
 
 class Encoder(nn.Module):
-    """Patch stem, then residual convolutions at ever coarser resolutions, beside one linear map of each whole patch.
+    """Patch stems, then residual convolutions at ever coarser resolutions, beside one linear map of patches as a whole.
 
-    The linear path is all there is at the start (see `Autoencoder.fit_patches`); it keeps the amplitude that
-    normalisation removes.
+    Every field type has a stem and a linear map of its own; what they say of the fields that are there is added up. The
+    linear path, of a patch and its neighbours, is all there is at the start (`linear_code`); it keeps the amplitude
+    that normalisation removes, and takes the cells of a patch as they are, whatever the basis.
 
     Args:
-        channels: of the field.
+        fields: field type → its components.
         latent_channels: of the latent.
-        widths: channels per level, from fine to coarse, multiples of 8; the first level works on `stem`³ patches, every
-            further one at half the resolution.
+        widths: channels per level, from fine to coarse, 8 · each a multiple of the next; the first level works on
+            `stem`³ patches, every further one at half the resolution.
         num_blocks: residual blocks per level.
         stem: cells per axis that the first level takes as one.
+        basis: of the stem's patches, ``patch | haar``; see `Patches`.
+        num_conditions: length of `Place.condition`.
+
+    Raises:
+        ValueError: a stem without such a basis, or widths that do not fit together.
     """
 
     def __init__(
-        self, channels: int, latent_channels: int, widths: Sequence[int], num_blocks: Sequence[int], stem: int
+        self,
+        fields: Mapping[str, int],
+        latent_channels: int,
+        widths: Sequence[int],
+        num_blocks: Sequence[int],
+        stem: int,
+        basis: Basis,
+        num_conditions: int,
     ) -> None:
         super().__init__()
-        self.stem = stem
-        self.embed = BoundaryConv(channels * stem**3, widths[0])
+        self.patches, self.num_blocks = Patches(stem, basis), tuple(num_blocks)
+        self.patch = stem * 2 ** (len(widths) - 1)
+        self.stems = nn.ModuleDict(
+            {name: BoundaryConv(n * stem**3, widths[0], bias=False) for name, n in fields.items()}
+        )
+        self.bias = nn.Parameter(torch.zeros(widths[0]))
+        self.linear = nn.ModuleDict(
+            {name: LinearPath(n * self.patch**3, latent_channels) for name, n in fields.items()}
+        )
+        self.embed = condition_embedding(num_conditions)
         self.levels = nn.ModuleList(
             Level(width, n, stem * 2**i) for i, (width, n) in enumerate(zip(widths, num_blocks, strict=True))
         )
-        self.down = nn.ModuleList(
-            nn.Conv3d(8 * fine, coarse, kernel_size=1) for fine, coarse in zip(widths[:-1], widths[1:], strict=True)
-        )
-        self.norm = nn.GroupNorm(8, widths[-1])
-        self.head = nn.Conv3d(widths[-1], latent_channels, kernel_size=1)
-        self.patch = stem * 2 ** (len(widths) - 1)
-        self.linear = nn.Conv3d(channels * self.patch**3, latent_channels, kernel_size=1, bias=False)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
+        self.down = nn.ModuleList(Down(fine, coarse) for fine, coarse in zip(widths[:-1], widths[1:], strict=True))
+        self.norm = ChannelNorm(widths[-1])
+        self.head = zeroed(nn.Conv3d(widths[-1], latent_channels, kernel_size=1))
 
-    def forward(
-        self, u: Float[Tensor, "b c nx ny nz"], features: Float[Tensor, "#b g nx ny nz"], periodic: Periodic
-    ) -> Float[Tensor, "b l x y z"]:
-        x = self.embed(space_to_depth(u, self.stem), periodic)
-        for i, level in enumerate(self.levels):
-            if i:
-                x = self.down[i - 1](space_to_depth(x, 2))
-            x = level(x, features, periodic)
-        return saturate(self.linear(space_to_depth(u, self.patch)) + self.head(nn.functional.silu(self.norm(x))))
+    def forward(self, fields: Mapping[str, Float[Tensor, "b _ nx ny nz"]], place: Place) -> Float[Tensor, "b l x y z"]:
+        """The latent of the fields that are there, in units of order one.
+
+        Raises:
+            ValueError: no field, or one that the network does not know.
+        """
+        check_fields(fields, self.stems)
+        condition, x = self.embed(place.condition), self.begin(fields, place)
+        for i in range(len(self.levels)):
+            x = self.stage(i, x, place, condition)
+        return self.finish(x, fields, place)
+
+    def begin(self, fields: Mapping[str, Tensor], place: Place) -> Tensor:
+        """What the stems say, at the resolution of the first level."""
+        bias: Tensor = self.bias
+        if self.training:
+            absent = [name for name in self.stems if name not in fields]
+            bias = bias + unused(part[name] for part in (self.stems, self.linear) for name in absent)
+        parts = [self.stems[name](self.patches.split(u), place.boundaries) for name, u in fields.items()]
+        return sum(parts[1:], parts[0]) + bias.reshape(-1, 1, 1, 1)
+
+    def stage(self, i: int, x: Tensor, place: Place, condition: Tensor) -> Tensor:
+        """Level i, and on to the resolution of the next one."""
+        x = self.levels[i](x, place.features, condition, place.boundaries)
+        return self.down[i](x) if i < len(self.down) else x
+
+    def finish(self, x: Tensor, fields: Mapping[str, Tensor], place: Place) -> Tensor:
+        """The latent: what the last level says, and the linear path."""
+        with torch.autocast(x.device.type, enabled=False):
+            z = self.head(F.silu(self.norm(fp32(x))))
+            for name, u in fields.items():
+                z = z + self.linear[name](space_to_depth(fp32(u), self.patch), place.boundaries)
+        return z
+
+
+def check_fields(names: Collection[str], known: nn.ModuleDict) -> None:
+    """Whether a network knows fields, and there are any.
+
+    Raises:
+        ValueError: no field, or one that the network does not know.
+    """
+    if not names or not set(names) <= set(known):
+        raise ValueError(f"Expected at least one field of {list(known)} and no other, got {list(names)}.")

@@ -6,43 +6,39 @@
     IrrotationalHead   irrotational   it says a flux, of which the gradient part is kept
     GeneralHead        none           it says a flux, of which the part through free faces is kept
 
-Each is linear up to the family's mean flux. With H for the map from what the network says to velocities, the first
+Each is linear up to the field's mean flux. With H for the map from what the network says to velocities, the first
 two have H Hᵀ = P, the orthogonal projection, in boxes and round voxels: no mode is learnt faster than another,
 on any mesh. The plain curl has H Hᵀ = P (−Δ) P, whose condition number grows as the square of the cells per side.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentphys import exact, hodge, operators
-from latentphys.autoencoders.normaliser import FamilyScale
+from latentphys.autoencoders.head import Head
+from latentphys.autoencoders.normaliser import FieldScale
 from latentphys.fields import Constraint
-from latentphys.grid import Geometry
+from latentphys.grid import Geometry, Grid
 from latentphys.inflow import inflow_flux
 from latentphys.projection import project
 
 
-class Head(nn.Module, ABC):
-    """Turns the decoder's output into a flux through the low faces.
+class FluxHead(Head):
+    """Turns the decoder's channels into a flux through the low faces.
 
     Args:
         tol: tolerance of the projection in voxel geometry while training and in FP32 use. Good values: 1e-2…1e-3.
-
-    Attributes:
-        num_channels: channels that it asks of the network.
-        constraint: what its fluxes obey, as `FieldSpec.constraint`.
 
     Raises:
         ValueError: a tolerance that is none.
     """
 
     num_channels: int = 3
-    constraint: Constraint
 
     def __init__(self, tol: float = 1e-2) -> None:
         super().__init__()
@@ -50,10 +46,10 @@ class Head(nn.Module, ABC):
             raise ValueError(f"Expected a projection tolerance between 0 and 1, got {tol}.")
         self.tol = tol
 
-    def flux(self, raw: Tensor, geometry: Geometry, scale: FamilyScale) -> Tensor:
+    def flux(self, raw: Tensor, geometry: Geometry, scale: FieldScale) -> Tensor:
         """The flux [m³/s] that the network means, before the constraint, in the dtype of its channels.
 
-        Unless a head says otherwise the channels are velocities on the faces, in units of the family's scale.
+        Unless a head says otherwise the channels are velocities on the faces, in units of the field's size.
         """
         return scale.denormalise(raw, geometry.grid)
 
@@ -66,7 +62,7 @@ class Head(nn.Module, ABC):
         """
 
     def forward(
-        self, raw: Float[Tensor, "b c nx ny nz"], geometry: Geometry, scale: FamilyScale
+        self, raw: Float[Tensor, "b c nx ny nz"], geometry: Geometry, scale: FieldScale
     ) -> Float[Tensor, "b 3 nx ny nz"]:
         """Flux [m³/s] in FP32, under autocast too; 0.0 through every wall and solid face. Differentiable."""
         with torch.autocast(raw.device.type, enabled=False):
@@ -74,13 +70,13 @@ class Head(nn.Module, ABC):
 
     @torch.no_grad()
     def exact(
-        self, raw: Float[Tensor, "b c nx ny nz"], geometry: Geometry, scale: FamilyScale
+        self, raw: Float[Tensor, "b c nx ny nz"], geometry: Geometry, scale: FieldScale
     ) -> Float[Tensor, "b 3 nx ny nz"]:
         """The same in FP64, with the projection's FP64 tolerance."""
         return self.admit(self.flux(raw.double(), geometry, scale), geometry)
 
 
-class SolenoidalHead(Head):
+class SolenoidalHead(FluxHead):
     """A head whose fluxes balance in every cell: `operators.div` of the fluxes through the low faces is zero.
 
     `forward`, in FP32: to the rounding of the direct solve in an empty box, to `tol` of the net before round voxels.
@@ -92,8 +88,9 @@ class SolenoidalHead(Head):
     def admit(self, flux: Tensor, geometry: Geometry, tol: float | None = None) -> Tensor:
         return project(flux, geometry, tol)
 
+    @torch.no_grad()
     def exact(
-        self, raw: Float[Tensor, "b c nx ny nz"], geometry: Geometry, scale: FamilyScale
+        self, raw: Float[Tensor, "b c nx ny nz"], geometry: Geometry, scale: FieldScale
     ) -> Float[Tensor, "b 3 nx ny nz"]:
         """The same in FP64, with net 0.0 in every cell and 0.0 through every solid face (`exact.conserve`)."""
         return exact.conserve(flux=self.flux(raw.double(), geometry, scale), geometry=geometry)
@@ -109,10 +106,10 @@ class ProjectionHead(SolenoidalHead):
 class RieszHead(SolenoidalHead):
     """The isometric curl of the network's vector on the edges plus a uniform flow along each periodic axis.
 
-    F = ∇× (−Δ)^(−½) w + U + the family's mean flux, projected.
+    F = ∇× (−Δ)^(−½) w + U + the field's mean flux, projected.
 
     Channels 0–2 are w on the low edges, channels 3–5, averaged over the box, the uniform velocity, both in units of
-    the velocity scale. In an empty box F keeps the kinetic energy of w's solenoidal part, and its size where a plain
+    the field's size. In an empty box F keeps the kinetic energy of w's solenoidal part, and its size where a plain
     curl multiplies by the wavenumber; gradients in w do nothing. It reaches every solenoidal flux, round voxels too.
 
     Raises:
@@ -121,32 +118,48 @@ class RieszHead(SolenoidalHead):
 
     num_channels = 6
 
-    def flux(self, raw: Tensor, geometry: Geometry, scale: FamilyScale) -> Tensor:
-        return hodge.isometric_curl(raw[:, :3] * scale.velocity, geometry.grid) + _mean_flow(
-            raw[:, 3:], geometry, scale
-        )
+    def flux(self, raw: Tensor, geometry: Geometry, scale: FieldScale) -> Tensor:
+        return hodge.isometric_curl(raw[:, :3] * scale.size, geometry.grid) + _mean_flow(raw[:, 3:], geometry, scale)
+
+    def channels_of(
+        self, field: Float[Tensor, "b 3 nx ny nz"], geometry: Geometry, scale: FieldScale
+    ) -> Float[Tensor, "b 6 nx ny nz"]:
+        """w = (−Δ)^(½) A of the vector potential A in the Coulomb gauge."""
+        return _potential_channels(super().channels_of(field, geometry, scale), geometry.grid, -0.5)
 
 
 class PotentialHead(SolenoidalHead):
     """The plain curl of the network's vector potential plus a uniform flow along each axis that one can pass.
 
-    F = ∇× A + U + the family's mean flux, projected.
+    F = ∇× A + U + the field's mean flux, projected.
 
-    Channels 0–2 are A on the low edges in units of velocity scale × shortest side; channels 3–5, averaged over the box,
-    are the uniform velocity in units of the velocity scale, along axes that are periodic or open at both ends. Between
-    walls and periodic axes it reaches every solenoidal flux, round voxels too. Before an open high side A continues
-    unchanged, so that in an empty box what leaves is what passes the faces before: `ProjectionHead` says more.
+    Channels 0–2 are A on the low edges in units of the field's size × shortest side; channels 3–5, averaged over the
+    box, are the uniform velocity in units of the field's size, along axes that are periodic or open at both ends.
+    Between walls and periodic axes it reaches every solenoidal flux, round voxels too. Before an open high side A
+    continues unchanged, so that in an empty box what leaves is what passes the faces before: `ProjectionHead` says
+    more.
     """
 
     num_channels = 6
 
-    def flux(self, raw: Tensor, geometry: Geometry, scale: FamilyScale) -> Tensor:
+    def flux(self, raw: Tensor, geometry: Geometry, scale: FieldScale) -> Tensor:
         grid = geometry.grid
-        edges = grid.per_face(grid.spacing, raw) * grid.shortest_side * scale.velocity
+        edges = grid.per_face(grid.spacing, raw) * grid.shortest_side * scale.size
         return operators.curl(raw[:, :3] * edges, grid) + _mean_flow(raw[:, 3:], geometry, scale)
 
+    def channels_of(
+        self, field: Float[Tensor, "b 3 nx ny nz"], geometry: Geometry, scale: FieldScale
+    ) -> Float[Tensor, "b 6 nx ny nz"]:
+        """The vector potential in the Coulomb gauge; 0, with the uniform flow alone, where there are open sides."""
+        u = super().channels_of(field, geometry, scale)
+        if any(sum(geometry.grid.open_sides, ())):
+            return torch.cat([torch.zeros_like(u), _uniform(u, geometry.grid)], dim=1)
+        channels = _potential_channels(u, geometry.grid, -1.0)
+        channels[:, :3] /= geometry.grid.shortest_side
+        return channels
 
-class IrrotationalHead(Head):
+
+class IrrotationalHead(FluxHead):
     """The gradient part of the network's flux, what `ProjectionHead` removes: C·grad φ with C = face area / cell size.
 
     It is orthogonal (`hodge.energy_product`) to every solenoidal flux and has no `operators.vorticity` on edges amid
@@ -168,7 +181,7 @@ class IrrotationalHead(Head):
         return geometry.mask(flux) - project(flux, geometry, tol)
 
 
-class GeneralHead(Head):
+class GeneralHead(FluxHead):
     """Any flux through the free faces, with its curl, harmonic and gradient parts; for compressible flow.
 
     Nothing flows through walls and solids, and what is prescribed through inflow sides; both hold in either dtype.
@@ -184,7 +197,7 @@ class GeneralHead(Head):
             return geometry.mask(flux)
         return torch.where(geometry.free_faces.to(flux.device), flux, inflow_flux(geometry).to(flux))
 
-    def parts(self, raw: Float[Tensor, "b c nx ny nz"], geometry: Geometry, scale: FamilyScale) -> hodge.Hodge:
+    def parts(self, raw: Float[Tensor, "b c nx ny nz"], geometry: Geometry, scale: FieldScale) -> hodge.Hodge:
         """The Hodge decomposition of `exact` [m³/s], in FP64: orthogonal parts that add up to it.
 
         Raises:
@@ -195,10 +208,22 @@ class GeneralHead(Head):
 
 
 def _mean_flow(
-    channels: Float[Tensor, "b 3 nx ny nz"], geometry: Geometry, scale: FamilyScale
+    channels: Float[Tensor, "b 3 nx ny nz"], geometry: Geometry, scale: FieldScale
 ) -> Float[Tensor, "b 3 px py pz"]:
-    """What no curl carries through the box: the mean of the channels, as a uniform flux, and the family's mean flux."""
+    """What no curl carries through the box: the mean of the channels, as a uniform flux, and the field's mean flux."""
     scale.check(geometry.grid)
     through = torch.tensor(geometry.grid.through, device=channels.device).reshape(3, 1, 1, 1)
-    uniform = torch.where(through, channels.mean((-3, -2, -1), keepdim=True), 0.0) * scale.velocity
+    uniform = torch.where(through, channels.mean((-3, -2, -1), keepdim=True), 0.0) * scale.size
     return operators.flux_of(uniform, geometry.grid) + scale.profile.to(channels)
+
+
+def _potential_channels(u: Float[Tensor, "b 3 nx ny nz"], grid: Grid, power: float) -> Float[Tensor, "b 6 nx ny nz"]:
+    """(−Δ)^power ∇× of a normalised flow on the edges, and the uniform flow."""
+    vorticity = operators.vorticity(operators.flux_of(u, grid), grid)
+    return torch.cat([hodge.edge_laplacian_power(vorticity, grid, power), _uniform(u, grid)], dim=1)
+
+
+def _uniform(u: Float[Tensor, "b 3 nx ny nz"], grid: Grid) -> Float[Tensor, "b 3 nx ny nz"]:
+    """The mean of a normalised flow along the axes that one can pass, in every cell."""
+    through = torch.tensor(grid.through, device=u.device).reshape(3, 1, 1, 1)
+    return torch.where(through, u.mean((-3, -2, -1), keepdim=True), 0.0).expand_as(u)

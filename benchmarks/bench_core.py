@@ -28,13 +28,14 @@ from torch import Tensor
 
 from latentphys import exact, operators, projection
 from latentphys.autoencoders import Autoencoder
-from latentphys.autoencoders.layers import geometry_features
-from latentphys.autoencoders.normaliser import FamilyScale
+from latentphys.autoencoders.autoencoder import field_type
+from latentphys.autoencoders.place import describe
 from latentphys.configuration import compose
 from latentphys.families import OpenChannel, Porous
 from latentphys.families.media import sphere_pack
+from latentphys.fields import VELOCITY
 from latentphys.grid import Geometry, Grid
-from latentphys.training.models import build
+from latentphys.training.models import build, unit_scale
 
 TRAINING_TOLERANCE = 1e-2
 DECODED_SIZES = (64, 128)
@@ -109,7 +110,7 @@ def closed_flux(flux: Tensor, geometry: Geometry) -> float:
 def random_autoencoder(grid: Grid, device: str) -> Autoencoder:
     """An autoencoder of size `base` with random weights, the zeros it starts from included."""
     config = compose("train", ["trainer=autoencoder", "autoencoder=base", "stores=[x]", "run=x"])
-    scale = FamilyScale(grid, torch.zeros(3, 1, 1, 1), 1.0)
+    scale = unit_scale(grid, {"velocity": VELOCITY})
     torch.manual_seed(0)
     model: Autoencoder = build(config["autoencoder"], scales={"any": scale})
     for weights in model.parameters():
@@ -123,11 +124,11 @@ def decode(geometry: Geometry, device: str, repeats: int) -> dict[str, Any]:
     """What a decode costs, and what it conserves."""
     model = random_autoencoder(geometry.grid, device)
     latent = torch.randn(1, model.latent_channels, *model.latent_shape(geometry.grid)).to(device)
-    features = geometry_features(geometry).to(device)
-    decoder = partial(model.decoder, latent, features, geometry.grid.periodic)
-    raw, decoder_s = timed(decoder, device, repeats)
-    head_s = timed(partial(model.head, raw, geometry, model.scale("any")), device, repeats)[1]
-    exact_s = timed(partial(model.head.exact, raw, geometry, model.scale("any")), device, repeats)[1]
+    place, name = describe(geometry, [True], model.compression).to(device), field_type(VELOCITY)
+    raw, decoder_s = timed(partial(model.decoder, latent, place, [name]), device, repeats)
+    head, scale = model.heads.head(VELOCITY), model.scale("any")["velocity"]
+    head_s = timed(partial(head, raw[name], geometry, scale), device, repeats)[1]
+    exact_s = timed(partial(head.exact, raw[name], geometry, scale), device, repeats)[1]
     flux = model.decode(latent, geometry, "any", exact=True)
     return {
         "net_flux_max": float(operators.div(flux, geometry.grid).abs().amax()),

@@ -35,7 +35,7 @@ from latentphys.fields import VELOCITY, FieldSpec
 from latentphys.grid import Grid
 from latentphys.training import Trainer, checkpoint
 from latentphys.training.estimate import Settings, estimate
-from latentphys.training.models import build, new_dynamics
+from latentphys.training.models import build, new_dynamics, unit_scale
 from latentphys.training.optimizers import new_optimizer
 from latentphys.training.planned import plan_dynamics
 from latentphys.training.run_log import read_log
@@ -181,7 +181,7 @@ def new_task(case: Case, folder: Path) -> TimedTask:
     dynamics = new_dynamics(config["dynamics"], CHANNELS, Conditioning.fit([source]), {FAMILY: 1.0})
     dynamics.fit_scales([store], trajectories, 1)
     windows = Windows([store], "latent", dynamics.num_frames + settings["unroll"], cache=case.cached)
-    autoencoder = Autoencoder({}, CHANNELS, [8], [1], stem=COMPRESSION)
+    autoencoder = Autoencoder({FAMILY: unit_scale(source.grid, source.specs)}, CHANNELS, [8], [1], stem=COMPRESSION)
     named = {"unroll": settings["unroll"], "input_noise": settings["input_noise"]}
     return TimedTask(dynamics, autoencoder, windows, windows, [source], {}, {}, **named)
 

@@ -78,7 +78,7 @@ class AutoencoderCost:
     Args:
         encode: the encoder.
         decode: the decoder up to its head.
-        head: the Helmholtz head in the empty box, in FP32; voxels add iterations.
+        head: the heads in the empty box, in FP32; voxels add iterations to the Helmholtz heads.
     """
 
     encode: int
@@ -133,15 +133,15 @@ def count_autoencoder(autoencoder: Autoencoder, family: str) -> AutoencoderCost:
     """
     geometry = Geometry(autoencoder.scale(family).grid)
     device = next(autoencoder.parameters()).device
-    flux = torch.zeros(1, 3, *geometry.grid.shape, device=device)
+    packed = torch.zeros(1, autoencoder.scale(family).num_components, *geometry.grid.shape, device=device)
     parts: dict[nn.Module, str] = {
         autoencoder.encoder: "encode",
         autoencoder.decoder: "decode",
-        autoencoder.head: "head",
+        **{head: "head" for head in autoencoder.heads.children()},
     }
     with _evaluation(autoencoder):
-        # The head is worked out: what it may keep for later solves has to be true.
-        flops = count_flops(lambda: autoencoder(flux, geometry, family), parts, ("encode", "decode"))
+        # Heads are worked out: what it may keep for later solves has to be true.
+        flops = count_flops(lambda: autoencoder(packed, geometry, family), parts, ("encode", "decode"))
     return AutoencoderCost(encode=flops["encode"], decode=flops["decode"], head=flops["head"])
 
 

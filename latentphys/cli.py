@@ -10,11 +10,12 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from latentphys import cli_exchange, cli_training
+from latentphys import cli_encode, cli_exchange, cli_training
 
 DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -66,7 +67,7 @@ def _workers(config: dict[str, Any], device: str) -> int | str:
 
     import torch
 
-    from latentphys.families.simulate import check_workers
+    from latentphys.workers import check_workers
 
     if config["workers"] != "auto":
         check_workers(config["workers"])
@@ -90,26 +91,6 @@ def _should_compile(config: dict[str, Any]) -> bool:
     return cells > 4_000_000 and shutil.which("g++") is not None and headers.is_file()
 
 
-def encode(arguments: argparse.Namespace) -> int:
-    from latentphys.data import open_store
-    from latentphys.progress import progress_bar
-    from latentphys.training import encode_store, load_autoencoder
-
-    autoencoder, store = load_autoencoder(arguments.checkpoint), open_store(arguments.store)
-    with progress_bar() as bar:
-        line = bar.add_task(f"encode {store.family}", total=len(store) * store.num_times)
-        encode_store(
-            autoencoder,
-            store,
-            arguments.out,
-            checkpoint=arguments.checkpoint,
-            overwrite=arguments.overwrite,
-            progress=lambda n: bar.advance(line, n),
-        )
-    print(arguments.out)
-    return DONE
-
-
 def rollout(arguments: argparse.Namespace) -> int:
     from latentphys.data import open_store, split
     from latentphys.progress import progress_bar
@@ -117,6 +98,7 @@ def rollout(arguments: argparse.Namespace) -> int:
     from latentphys.training import load_dynamics, open_checkpoint
 
     dynamics, autoencoder = load_dynamics(arguments.checkpoint, arguments.resident_experts)
+    autoencoder.tile = arguments.tile
     store = open_store(arguments.store)
     trajectories = arguments.trajectories or split(len(store), arguments.held_out)[1]
     with progress_bar() as bar:
@@ -151,10 +133,13 @@ def validate(arguments: argparse.Namespace) -> int:
             f"Expected one --reference per store, got {len(references)} for {len(arguments.stores)} stores."
         )
     reconstruct: Callable[[Any], Any] | None = None
+    if arguments.latents and not arguments.checkpoint:
+        raise ValueError("Expected --checkpoint beside --latents: the model whose latents are to be measured.")
     if arguments.checkpoint:
         is_dynamics = open_checkpoint(arguments.checkpoint).kind == "dynamics"
         load = (lambda path: load_dynamics(path)[1]) if is_dynamics else load_autoencoder
-        reconstruct = _reconstruction(load(arguments.checkpoint))
+        autoencoder = load(arguments.checkpoint)
+        reconstruct = _reconstruction(autoencoder)
     pairs = [
         (open_store(s), None if r is None else open_store(r)) for s, r in zip(arguments.stores, references, strict=True)
     ]
@@ -164,7 +149,13 @@ def validate(arguments: argparse.Namespace) -> int:
         for store, reference in pairs:
             line = bar.add_task(f"validate {store.family}", total=len(store) * store.num_times)
             show = partial(_show, bar, line)
-            validations.append(run(store, reference, reconstruct, show))
+            validation = run(store, reference, reconstruct, show)
+            if arguments.latents:
+                line = bar.add_task(f"latents {store.family}")
+                show = partial(_show, bar, line)
+                more = _latents(autoencoder, store, reference, show)
+                validation = replace(validation, checks=(*validation.checks, *more))
+            validations.append(validation)
         if arguments.pictures:
             line = bar.add_task("render", total=len(pairs))
             for store, reference in pairs:
@@ -218,15 +209,27 @@ def demo(arguments: argparse.Namespace) -> int:
 
 
 def _reconstruction(autoencoder: Any) -> Callable[[Any], Any]:
-    """A state through the autoencoder, exactly conservative."""
+    """The flow of a state through the autoencoder, exactly conservative."""
     import torch
 
     @torch.no_grad()
     def reconstruct(state: Any) -> Any:
-        latent = autoencoder.encode(state.velocity[None], state.geometry, state.family)
-        return autoencoder.decode(latent, state.geometry, state.family, exact=True)[0]
+        scale = autoencoder.scale(state.family)
+        latent = autoencoder.encode(scale.pack(state.fields)[None], state.geometry, state.family)
+        return scale.unpack(autoencoder.decode(latent, state.geometry, state.family, exact=True)[0])["velocity"]
 
     return reconstruct
+
+
+def _latents(autoencoder: Any, store: Any, reference: Any, show: Callable[[int, int], None]) -> tuple[Any, ...]:
+    """The latent space on the flows of a store, or on those that a rollout is held against."""
+    from latentphys.validators.latents import latent_checks, measure_latents
+
+    truth, chosen = store, list(range(len(store)))
+    if reference is not None:
+        truth, chosen = reference, store.attributes.get("rollout", {}).get("trajectories", chosen)
+    fields = list(autoencoder.scale(truth.family).fields)
+    return latent_checks(measure_latents(autoencoder, truth, chosen, fields=fields, progress=show), truth)
 
 
 def _print_nested(description: dict[str, Any], indent: str = "") -> None:
@@ -306,11 +309,7 @@ def parser() -> argparse.ArgumentParser:
 
     cli_training.add_verbs(verb)
 
-    sub = verb(encode, "encode a store of fields into a store of latents")
-    sub.add_argument("checkpoint", help="an autoencoder's checkpoint or run directory")
-    sub.add_argument("store", help="a store of fields")
-    sub.add_argument("out", help="the latent store to make")
-    sub.add_argument("--overwrite", action="store_true", help="replace OUT")
+    cli_encode.add_verbs(verb)
 
     sub = verb(rollout, "advance flows in latent space and write the exactly conservative decodes to a store")
     sub.add_argument("checkpoint", help="a dynamics checkpoint or run directory")
@@ -328,12 +327,23 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="keep N experts of each layer in memory and read others from the checkpoint when needed (default: all)",
     )
+    sub.add_argument(
+        "--tile",
+        type=cli_encode.count,
+        metavar="N",
+        help="encode and decode in tiles of N cells per axis of each level of the network (default: at once)",
+    )
     sub.add_argument("--overwrite", action="store_true", help="replace OUT")
 
     sub = verb(validate, "measure conservation, errors and statistics in FP64 and write a report")
     sub.add_argument("stores", nargs="+", metavar="STORE", help="stores of fields or rollouts")
     sub.add_argument("--reference", nargs="+", metavar="STORE", help="the truth of each store")
     sub.add_argument("--checkpoint", help="report the floor of this model's autoencoder as well")
+    sub.add_argument(
+        "--latents",
+        action="store_true",
+        help="measure the latent space of CHECKPOINT on these flows as well: smoothness, noise, scales, symmetries",
+    )
     sub.add_argument("--out", required=True, metavar="DIR", help="where report.html, report.json and junit.xml go")
     sub.add_argument("--pictures", action="store_true", help="draw the stores and put the pictures into the report")
     sub.add_argument("--json", action="store_true", help="print report.json instead of a table")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -133,14 +134,12 @@ def _checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _autoencoder(autoencoder: Autoencoder) -> dict[str, Any]:
-    ratio = 3 * autoencoder.compression**3 / autoencoder.latent_channels
     costs = {family: _snapshot(autoencoder, family) for family in sorted(autoencoder.scales)}
     return {
         "families": ", ".join(sorted(autoencoder.scales)),
         "cells per latent cell": f"{autoencoder.compression}³",
         "latent channels": autoencoder.latent_channels,
-        "compression of numbers": f"{ratio:g}×",
-        "head": type(autoencoder.head).__name__,
+        "fields": {name: _fields(autoencoder, name) for name in sorted(autoencoder.scales)},
         "parameters": {
             "stored": _parameters(autoencoder),
             "encoder": _parameters(autoencoder.encoder),
@@ -148,6 +147,14 @@ def _autoencoder(autoencoder: Autoencoder) -> dict[str, Any]:
         },
         "FLOPs per snapshot": _together(costs),
     }
+
+
+def _fields(autoencoder: Autoencoder, family: str) -> str:
+    """The fields of a family, what keeps their constraints, and how much smaller the latent is."""
+    scale = autoencoder.scale(family)
+    heads = ", ".join(f"{name} ({type(autoencoder.heads.head(spec)).__name__})" for name, spec in scale.specs.items())
+    ratio = scale.num_components * math.prod(scale.grid.shape) / autoencoder.latent_channels
+    return f"{heads}: {ratio / math.prod(autoencoder.latent_shape(scale.grid)):g}× fewer numbers"
 
 
 def _snapshot(autoencoder: Autoencoder, family: str) -> dict[str, Any]:

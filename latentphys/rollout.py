@@ -42,20 +42,32 @@ class LatentStepper:
     """
 
     def __init__(self, autoencoder: Autoencoder, dynamics: Dynamics, geometry: Geometry, family: str) -> None:
-        autoencoder.scale(family).check(geometry.grid)
+        self.scale = autoencoder.scale(family)
+        self.scale.check(geometry.grid)
         autoencoder.latent_shape(geometry.grid)
         self.autoencoder, self.dynamics, self.geometry, self.family = autoencoder, dynamics, geometry, family
         self.interval = dynamics.interval(family)
         self._features = latent_geometry(geometry, autoencoder.compression)
 
     @torch.no_grad()
-    def encode(self, flux: Float[Tensor, "b 3 nx ny nz"]) -> Float[Tensor, "b c x y z"]:
-        return self.autoencoder.encode(flux, self.geometry, self.family)
+    def encode(self, packed: Float[Tensor, "b f nx ny nz"]) -> Float[Tensor, "b c x y z"]:
+        """The latent of the packed fields of the family."""
+        return self.autoencoder.encode(packed, self.geometry, self.family)
 
     @torch.no_grad()
-    def decode(self, latent: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b 3 nx ny nz"]:
-        """FP64 flux [m³/s] with a net of 0.0 in every cell, bit for bit."""
-        return self.autoencoder.decode(latent, self.geometry, self.family, exact=True)
+    def decode(
+        self, latent: Float[Tensor, "b c x y z"], totals: Mapping[str, Tensor] | None = None
+    ) -> Float[Tensor, "b f nx ny nz"]:
+        """Packed fields in FP64, with their constraints to the last bit: a solenoidal flux has a net of 0.0 everywhere.
+
+        Args:
+            totals: see `totals`. Default: what the latent says.
+        """
+        return self.autoencoder.decode(latent, self.geometry, self.family, exact=True, totals=totals)
+
+    def totals(self, packed: Float[Tensor, "b f nx ny nz"]) -> dict[str, Float[Tensor, " b"]]:
+        """What conserved scalars amount to, by name: what every later state is to amount to as well."""
+        return self.autoencoder.totals(packed, self.geometry, self.family)
 
     @torch.no_grad()
     def step(
@@ -67,19 +79,20 @@ class LatentStepper:
         features = self._features.to(latents).expand(len(latents), -1, -1, -1, -1)
         step = self.dynamics(latents, condition, features, self.geometry.grid.periodic, self.family)
         cells = (latents.shape[-3], latents.shape[-2], latents.shape[-1])
-        return Frame(step.latent, routing_map([r.ids for r in step.routings], cells))
+        latent = self.autoencoder.admit(step.latent, self.geometry, self.family)
+        return Frame(latent, routing_map([r.ids for r in step.routings], cells))
 
 
 def rollout(
     stepper: LatentStepper,
-    frames: Float[Tensor, "b k 3 nx ny nz"],
+    frames: Float[Tensor, "b k f nx ny nz"],
     parameters: Callable[[int], Sequence[Parameters]],
     num_steps: int,
 ) -> Iterator[Frame]:
     """Frames 0 … num_steps: the encoded last of the K given ones, then every one from those before.
 
     Args:
-        frames: K snapshots of each flow [m³/s], one interval apart, oldest first.
+        frames: K snapshots of each flow, packed, one interval apart, oldest first.
         parameters: each flow's parameters at frame n.
     """
     latents = torch.stack([stepper.encode(frame) for frame in frames.unbind(1)], dim=1)
@@ -103,7 +116,7 @@ def rollout_store(
     overwrite: bool = False,
     progress: Callable[[int], None] = lambda num_frames: None,
 ) -> Path:
-    """Roll out trajectories of a store and write a rollout store: exactly conservative fluxes and the routing.
+    """Roll out trajectories of a store and write a rollout store: exactly conservative fields and the routing.
 
     Args:
         num_steps: intervals to advance.
@@ -129,6 +142,8 @@ def rollout_store(
             f"Expected a start and steps within the {store.num_times} snapshots of {store.path} (their parameters "
             f"drive the rollout), got {num_steps} steps of {stride} snapshots from snapshot {start}."
         )
+    autoencoder.check(store.family, store.grid, store.specs)
+    scale = autoencoder.scale(store.family)
     grid, latent_shape = store.grid, autoencoder.latent_shape(store.grid)
     depth = len(dynamics.transformer.routers())
     times = store.times[start : start + num_steps * stride + 1 : stride]
@@ -140,14 +155,14 @@ def rollout_store(
     writer = create_store(
         out,
         grid=grid,
-        specs={"velocity": store.specs["velocity"]},
+        specs=scale.specs,
         family=store.family,
         num_trajectories=len(chosen),
         times=times,
         parameters=picked,
         parameter_units=store.attributes["parameter_units"],
         solid=None if all(g.is_empty for g in geometries) else torch.stack([~g.fluid for g in geometries]),
-        provenance={"exact": autoencoder.head.constraint == "solenoidal", "checkpoint": checkpoint},
+        provenance={"exact": True, "checkpoint": checkpoint},
         attributes={
             "rollout": {
                 "reference": str(store.path),
@@ -171,10 +186,13 @@ def rollout_store(
     with writer:
         for n, (i, geometry) in enumerate(zip(chosen, geometries, strict=True)):
             stepper = LatentStepper(autoencoder, dynamics, geometry, store.family)
-            initial = store.read("velocity", i, slice(first, start + 1, stride))[None]
+            frames = slice(first, start + 1, stride)
+            initial = scale.pack({name: store.read(name, i, frames) for name in scale.fields})[None]
+            totals = stepper.totals(initial[:, -1])
             run = rollout(stepper, initial, partial(_parameters, store, i, start, stride), num_steps)
             for t, frame in enumerate(run):
-                writer.write("velocity", n, t, stepper.decode(frame.latent)[0])
+                for name, values in scale.unpack(stepper.decode(frame.latent, totals)[0]).items():
+                    writer.write(name, n, t, values)
                 unrouted = torch.full((depth, *latent_shape), -1, dtype=torch.int16)
                 writer.write("routing", n, t, unrouted if frame.routing is None else frame.routing[0])
                 progress(1)

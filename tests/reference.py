@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from latentphys import operators
+from latentphys.autoencoders.normaliser import FamilyScale, FieldScale
 from latentphys.grid import Boundaries, Geometry, Grid
 
 PERIODIC = ("periodic", "periodic")
@@ -109,3 +110,8 @@ def ring(shape: tuple[int, int, int] = (7, 8, 8)) -> tuple[Geometry, tuple[int, 
 def order(errors: Sequence[float]) -> list[float]:
     """Measured orders of convergence from the errors on grids (or steps) halved each time."""
     return [math.log2(coarse / fine) for coarse, fine in zip(errors, errors[1:], strict=False)]
+
+
+def velocity_scale(grid: Grid, profile: Tensor | None = None, size: float = 1.0) -> FamilyScale:
+    """A family that is one incompressible velocity: its mean flux [m³/s], by default none, and its size [m/s]."""
+    return FamilyScale(FieldScale(grid, torch.zeros(3, 1, 1, 1) if profile is None else profile, size))

@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from reference import velocity_scale
 from safetensors.torch import save_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentphys.accounting import Parts, count, count_autoencoder
-from latentphys.autoencoders import Autoencoder, FamilyScale
+from latentphys.autoencoders import Autoencoder
 from latentphys.autoencoders.encoder import Encoder
+from latentphys.autoencoders.place import num_conditions
 from latentphys.flops import count_flops
 from latentphys.grid import Boundary, Geometry, Grid
 from latentphys.info import Amount
@@ -311,7 +313,7 @@ def test_powers_are_pointwise_work_and_squares_outside_routers_too() -> None:
 def _autoencoder(shape: tuple[int, int, int], walls: bool) -> Autoencoder:
     side: Boundary = "no_slip" if walls else "periodic"
     grid = Grid(shape, (0.1, 0.2, 0.1), (("periodic", "periodic"), ("periodic", "periodic"), (side, side)))
-    scale = FamilyScale(grid, torch.zeros(3, 1, 1, 1, dtype=torch.float64), 1.0)
+    scale = velocity_scale(grid)
     return Autoencoder({"a": scale}, latent_channels=8, widths=[8, 16], num_blocks=[1, 1])
 
 
@@ -342,8 +344,9 @@ def test_the_patch_stem_is_a_product_over_cells() -> None:
     """The convolutions of an encoder by hand: 3³ over the stem's cells, 1³ for patches, geometry and latents."""
     model = _autoencoder((8, 8, 8), walls=False)
     fine, coarse = 4**3, 2**3
-    levels = 2 * 27 * (8 * 8 * fine + 16 * 16 * coarse) + 2 * 8 * 8 * fine + 2 * 64 * 16 * coarse
-    others = 27 * 24 * 8 * fine + 64 * 16 * coarse + 192 * 8 * coarse + 16 * 8 * coarse
+    levels = 2 * 27 * (8 * 8 * fine + 16 * 16 * coarse) + 2 * 8 * 16 * fine + 2 * 64 * 32 * coarse
+    others = 27 * 24 * 8 * fine + 64 * 16 * coarse + 27 * 192 * 8 * coarse + 16 * 8 * coarse
+    others += num_conditions(1) * 64 + 64**2 + 2 * 64 * (8 + 16)  # what the blocks are told of the box
     assert isinstance(model.encoder, Encoder)
     assert count_autoencoder(model, "a").encode == 2 * (levels + others)
 

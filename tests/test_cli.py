@@ -156,7 +156,7 @@ def test_info(road: Road, rolled: Path, capsys: pytest.CaptureFixture[str]) -> N
         },
         road.latents["porous"]: {"kind": "latent", "grid": "4 × 4 × 4", "parameters": "none"},
         rolled: {"kind": "rollout", "layout": "face_flux", "exact": "net flux 0.0 claimed"},
-        road.autoencoder: {"kind": "autoencoder", "step": 6, "compression of numbers": "24×", "latent channels": 8},
+        road.autoencoder: {"kind": "autoencoder", "step": 6, "latent channels": 8},
         road.dynamics: {"kind": "dynamics", "router": "SemanticTop1", "experts per layer": 4, "layers": 2},
     }
     capsys.readouterr()
@@ -167,6 +167,7 @@ def test_info(road: Road, rolled: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert main(["info", str(path)]) == 0
         printed = capsys.readouterr().out
         assert all(name in printed for name in described)
+    assert describe(road.autoencoder)["fields"]["porous"] == "velocity (ProjectionHead): 24× fewer numbers"
     channel = describe(road.fields["open_channel"])
     assert (
         channel["fields"]["velocity"]["is"] == "flux [m3/s], solenoidal"

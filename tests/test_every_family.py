@@ -147,7 +147,7 @@ def test_shapes_that_cannot_be_are_refused(name: str, shape: tuple[int, ...]) ->
 def test_options_that_cannot_be_are_refused_at_once(
     option: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["latentphys.families.simulate"], "find_spec", lambda name: None)
+    monkeypatch.setattr(sys.modules["latentphys.workers"], "find_spec", lambda name: None)
     command = ["family=acoustics", "size=tiny", "grid.shape=[4,4,4]", "frames=2", option]
     assert main(["simulate", *command, f"out={tmp_path / 'a.zarr'}"]) == 2
     said = capsys.readouterr().err

@@ -1,43 +1,46 @@
 """What each head promises: its constraint for any channels, every flux of its class, and how fast it learns one."""
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from reference import abc_flux, box, random_flux, random_geometry, two_pi_box
 from torch import Tensor
 from torch.autograd import gradcheck
 
 from latentphys import operators
-from latentphys.autoencoders import (
-    FamilyScale,
+from latentphys.autoencoders.head import Head
+from latentphys.autoencoders.heads import Heads
+from latentphys.autoencoders.helmholtz import (
+    FluxHead,
     GeneralHead,
-    Head,
     IrrotationalHead,
     PotentialHead,
     ProjectionHead,
     RieszHead,
     SolenoidalHead,
-    VelocityLoss,
 )
+from latentphys.autoencoders.normaliser import FieldScale
+from latentphys.autoencoders.scalar_heads import ConservedHead, PlainHead, PositiveHead
 from latentphys.configuration import compose
-from latentphys.fields import FieldSpec
+from latentphys.fields import CONSTRAINTS, FieldSpec
 from latentphys.grid import Geometry, Grid
 from latentphys.hodge import edge_laplacian_power, energy_product, vector_potential
 from latentphys.inflow import through_sides
 from latentphys.projection import project
-from latentphys.training.models import build, new_autoencoder
+from latentphys.training.models import _check_classes, build
 
 SOLENOIDAL: dict[str, type[SolenoidalHead]] = {
     "projection": ProjectionHead,
     "riesz": RieszHead,
     "potential": PotentialHead,
 }
-HEADS: dict[str, type[Head]] = {**SOLENOIDAL, "irrotational": IrrotationalHead, "general": GeneralHead}
+HEADS: dict[str, type[FluxHead]] = {**SOLENOIDAL, "irrotational": IrrotationalHead, "general": GeneralHead}
 FOLDER = Path(__file__).parent.parent / "configs" / "autoencoder" / "head"
 
 
@@ -84,10 +87,10 @@ def geometry(place: str, shape: tuple[int, int, int] = (5, 4, 7)) -> Geometry:
     return PLACES[place](shape)
 
 
-def scale_of(grid: Grid, mean: float = 1.0) -> FamilyScale:
+def scale_of(grid: Grid, mean: float = 1.0) -> FieldScale:
     """A mean flow along every axis that lets one pass."""
     u = mean * torch.tensor([0.3, -0.2, 0.1]).double() * torch.tensor(grid.through)
-    return FamilyScale(grid, operators.flux_of(u.reshape(3, 1, 1, 1), grid), 0.7)
+    return FieldScale(grid, operators.flux_of(u.reshape(3, 1, 1, 1), grid), 0.7)
 
 
 def raw_for(head: Head, grid: Grid, *batch: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -321,9 +324,9 @@ def test_the_channels_of_a_given_flux(name: str, place: str) -> None:
     raw = scale.normalise(target, grid)
     if name in ("riesz", "potential"):
         edges, uniform = vector_potential(target - scale.profile, Geometry(grid))  # the solids are fluid at rest
-        potential = edges / grid.per_face(grid.spacing, edges) / scale.velocity
+        potential = edges / grid.per_face(grid.spacing, edges) / scale.size
         along = potential / min(grid.lengths) if name == "potential" else edge_laplacian_power(potential, grid, 0.5)
-        mean = operators.velocity(uniform[..., None, None, None].expand_as(target), grid) / scale.velocity
+        mean = operators.velocity(uniform[..., None, None, None].expand_as(target), grid) / scale.size
         raw = torch.cat([along, mean], dim=1)
     for flux in (head.flux(raw, where, scale), head.exact(raw, where, scale)):
         assert (norm(flux - target) < 1e-11 * norm(target)).all()
@@ -339,7 +342,7 @@ def test_one_step_of_steepest_descent_finds_any_solenoidal_target(name: str, pla
     raw = torch.zeros(1, head.num_channels, *where.grid.shape, dtype=torch.float64, requires_grad=True)
     for _ in range(2):
         flux = head.admit(head.flux(raw, where, scale), where, 1e-13)
-        error = operators.velocity(flux - target, where.grid) / scale.velocity
+        error = operators.velocity(flux - target, where.grid) / scale.size
         (step,) = torch.autograd.grad(0.5 * error.square().sum(), raw)
         raw = (raw - step).detach().requires_grad_()
     assert norm(flux - target) < 1e-10 * norm(target)
@@ -353,7 +356,7 @@ def steps_to_learn(head: SolenoidalHead, n: int) -> int:
     def gradient(raw: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         raw = raw.detach().requires_grad_()
         error = head.admit(head.flux(raw, where, scale), where) - target
-        loss = 0.5 * (operators.velocity(error, where.grid) / scale.velocity).square().sum()
+        loss = 0.5 * (operators.velocity(error, where.grid) / scale.size).square().sum()
         return loss.detach(), torch.autograd.grad(loss, raw)[0]
 
     vector = raw_for(head, where.grid, 1)
@@ -387,7 +390,7 @@ def test_a_uniform_flow_passes_the_head_untouched(name: str, place: str) -> None
     target = operators.flux_of(velocity, grid)
     raw = scale.normalise(target, grid)
     if name != "projection":
-        everywhere = torch.tensor([2.0, -1.0, 3.0]).reshape(3, 1, 1, 1).expand_as(velocity) / scale.velocity
+        everywhere = torch.tensor([2.0, -1.0, 3.0]).reshape(3, 1, 1, 1).expand_as(velocity) / scale.size
         raw = torch.cat([torch.zeros_like(raw), everywhere])
         target = target + scale.profile
     for flux in (head(raw[None], where, scale), head.exact(raw[None], where, scale)):
@@ -397,13 +400,13 @@ def test_a_uniform_flow_passes_the_head_untouched(name: str, place: str) -> None
 @pytest.mark.parametrize("place", PLACES)
 def test_projecting_cannot_raise_the_error_of_a_solenoidal_target(place: str) -> None:
     where, head = geometry(place), ProjectionHead(1e-6)
-    scale, loss = scale_of(where.grid), VelocityLoss()
+    scale = scale_of(where.grid)
     for seed in range(2):
         torch.manual_seed(seed)
         target = head.exact(raw_for(head, where.grid, 1), where, scale)
         raw = scale.normalise(target, where.grid) + raw_for(head, where.grid, 1)
-        before = GeneralHead().exact(raw, where, scale)
-        assert loss(head(raw, where, scale).double(), target, where, scale) < loss(before, target, where, scale)
+        before, after = GeneralHead().exact(raw, where, scale) - target, head(raw, where, scale).double() - target
+        assert float(energy_product(after, after, where)) < float(energy_product(before, before, where))
 
 
 def test_a_box_that_the_scale_does_not_know_is_refused() -> None:
@@ -423,39 +426,125 @@ def test_an_irrotational_field_is_a_flux() -> None:
         FieldSpec("u", "vector", "m/s", "irrotational")
 
 
-@lru_cache
-def configuration(head: str) -> dict[str, Any]:
-    config: dict[str, Any] = compose("train", ["stores=[a]", "run=a", f"autoencoder/head={head}"])["autoencoder"]
-    return config
+FIELDS: dict[tuple[str, str], type[Head]] = {
+    ("flux", "solenoidal"): ProjectionHead,
+    ("flux", "irrotational"): IrrotationalHead,
+    ("flux", "none"): GeneralHead,
+    ("scalar", "conserved"): ConservedHead,
+    ("scalar", "positive"): PositiveHead,
+    ("scalar", "none"): PlainHead,
+    ("vector", "none"): PlainHead,
+}
+REFUSED = [
+    (kind, constraint)
+    for kind in ("flux", "scalar", "vector")
+    for constraint in CONSTRAINTS
+    if (kind, constraint) not in FIELDS and (kind == "flux" or constraint not in ("solenoidal", "irrotational"))
+]
 
 
-def test_every_head_has_a_configuration() -> None:
-    assert {path.stem for path in FOLDER.glob("*.yaml")} == set(HEADS)
-    for name, head in HEADS.items():
-        assert type(build(configuration(name)["head"])) is head
+def field(kind: str, constraint: str) -> FieldSpec:
+    return FieldSpec("q", kind, "m3/s" if kind == "flux" else "K", constraint)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("constraint", "suited"),
-    [("solenoidal", set(SOLENOIDAL)), ("irrotational", {"irrotational"}), ("none", set(HEADS))],
+@pytest.mark.parametrize(("kind", "constraint"), FIELDS)
+def test_a_field_gets_the_head_of_its_constraint(kind: str, constraint: str) -> None:
+    head = Heads().head(field(kind, constraint))
+    assert type(head) is FIELDS[kind, constraint]
+    assert head.constraint == constraint
+    assert head.num_channels == (1 if kind == "scalar" else 3)
+
+
+@pytest.mark.parametrize("name", SOLENOIDAL)
+def test_solenoidal_fluxes_get_the_head_chosen_for_them(name: str) -> None:
+    chosen = SOLENOIDAL[name](3e-3)
+    heads = Heads(chosen)
+    assert heads.head(field("flux", "solenoidal")) is chosen
+    assert chosen.num_channels == (3 if name == "projection" else 6)
+    irrotational = heads.head(field("flux", "irrotational"))
+    assert isinstance(irrotational, IrrotationalHead) and irrotational.tol == 3e-3
+
+
+@pytest.mark.parametrize(("kind", "constraint"), REFUSED)
+def test_constraints_that_no_head_keeps_are_refused(kind: str, constraint: str) -> None:
+    with pytest.raises(ValueError, match=f"Expected the constraint .*none of the {kind} 'q', got '{constraint}'"):
+        Heads().head(field(kind, constraint))
+
+
+def test_a_head_of_other_fluxes_is_no_head_of_solenoidal_ones(unchecked: None) -> None:
+    with pytest.raises(ValueError, match="head of solenoidal fluxes, got GeneralHead; choose autoencoder/head from"):
+        Heads(GeneralHead())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("kind", "constraint"), FIELDS)
+@settings(max_examples=12)
+@given(
+    place=st.sampled_from([p for p in PLACES if p not in INFLOW]),
+    shape=st.tuples(*3 * [st.integers(2, 5)]),
+    size=st.sampled_from([1e-6, 1e-2, 1.0, 1e3, 1e6]),
+    seed=st.integers(0, 10**6),
 )
-def test_a_store_is_given_a_head_of_its_constraint(constraint: str, suited: set[str], unchecked: None) -> None:
-    scale = scale_of(box("channel", (8, 8, 8)))
-    statistics = {"profile": scale.profile.tolist(), "fluctuation_std": scale.velocity}
-    spec = FieldSpec("velocity", "flux", "m3/s", constraint)  # type: ignore[arg-type]
-    store = SimpleNamespace(
-        specs={"velocity": spec},
-        family="channel",
-        grid=scale.grid,
-        path="a.zarr",
-        statistics=lambda: {"velocity": statistics},
-    )
-    for name, head in HEADS.items():
-        config = {**configuration(name), "widths": [8, 8]}
-        if name in suited:
-            assert type(new_autoencoder(config, [store]).head) is head  # type: ignore[list-item]
+def test_whatever_the_network_says_the_field_is_admissible(
+    kind: str, constraint: str, place: str, shape: tuple[int, int, int], size: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    where, spec = PLACES[place](shape), field(kind, constraint)
+    grid, head = where.grid, Heads().head(spec)
+    profile = torch.randn(1 if kind == "scalar" else 3, 1, 1, 1).double()
+    if kind == "flux":
+        profile = operators.flux_of(profile * torch.tensor(grid.through).reshape(3, 1, 1, 1), grid)
+    scale = FieldScale(grid, profile, 0.7, spec)
+    raw = (size * raw_for(head, grid, 2, dtype=torch.float32)).requires_grad_()
+    x, single = head.exact(raw, where, scale), head(raw, where, scale)
+    assert x.dtype == torch.float64 and single.dtype == torch.float32
+    assert single.requires_grad and not x.requires_grad
+    x, single = x.detach(), single.detach()
+    assert x.shape == single.shape == (2, len(profile), *shape)
+    largest = float(scale.denormalise(raw.detach(), grid).abs().max())
+    near = 0.05 if isinstance(head, FluxHead) and not where.is_empty and constraint != "none" else 1e-5
+    torch.testing.assert_close(single.double(), x, rtol=0, atol=near * largest)
+    for values in (x, single):
+        assert bool(torch.isfinite(values).all())
+        if kind == "flux":
+            assert (closed(values, where) == 0.0).all()
+        elif constraint == "positive":
+            assert (values > 0).all()
         else:
-            with pytest.raises(
-                ValueError, match=f"a head for the {constraint} velocity in a.zarr, got {head.__name__}"
-            ):
-                new_autoencoder(config, [store])  # type: ignore[list-item]
+            assert (values[(~where.fluid).expand_as(values)] == 0.0).all()
+    if constraint == "solenoidal":
+        assert (operators.div(x, grid) == 0.0).all()
+    elif constraint == "conserved":
+        assert [math.fsum(c.flatten().tolist()) for c in x] == x.flatten(1).flip(1).cumsum(1)[:, -1].tolist()
+    elif constraint == "irrotational":
+        balanced = project(random_flux(grid, 2), where)
+        bound = energy_product(x, x, where).sqrt() * energy_product(balanced, balanced, where).sqrt()
+        assert (energy_product(x, balanced, where).abs() <= 1e-11 * bound + 1e-13 * largest).all()
+
+
+@pytest.mark.parametrize("model", ["tiny", "base"])
+def test_every_solenoidal_head_has_a_configuration(model: str) -> None:
+    """Of any size of model, and of such classes as a checkpoint may name."""
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == set(SOLENOIDAL)
+    for name, head in SOLENOIDAL.items():
+        config = compose("train", ["stores=[a]", "run=a", f"autoencoder={model}", f"autoencoder/head={name}"])
+        heads = build(config["autoencoder"]["heads"])
+        _check_classes(config["autoencoder"]["heads"], FOLDER)
+        assert type(heads) is Heads and type(heads.solenoidal) is head and heads.solenoidal.tol == 1e-2
+
+
+def test_the_tolerance_is_a_setting() -> None:
+    overrides = ["stores=[a]", "run=a", "autoencoder/head=riesz", "autoencoder.heads.solenoidal.tol=1e-3"]
+    heads = build(compose("train", overrides)["autoencoder"]["heads"])
+    assert type(heads.solenoidal) is RieszHead and heads.solenoidal.tol == heads.irrotational.tol == 1e-3
+
+
+@pytest.mark.parametrize("place", ["periodic", "channel", "closed", "porous"])
+@pytest.mark.parametrize("head", [ProjectionHead(1e-8), RieszHead(1e-8), PotentialHead(1e-8)], ids=["P", "R", "A"])
+def test_a_head_says_which_channels_make_a_flux(head: SolenoidalHead, place: str) -> None:
+    """Round voxels it is the flux to the tolerance; nothing is left to learn but these channels."""
+    where = geometry(place)
+    scale = scale_of(where.grid)
+    flux = project(random_flux(where.grid, 2), where)
+    channels = head.channels_of(flux, where, scale)
+    assert channels.shape == (2, head.num_channels, *where.grid.shape)
+    torch.testing.assert_close(head.exact(channels, where, scale), flux, rtol=0, atol=1e-8 * float(flux.abs().max()))

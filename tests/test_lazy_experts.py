@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -153,7 +154,7 @@ def test_loading_never_holds_the_experts_of_a_layer(runs: dict[str, Path]) -> No
     rest = max(size for key, size in sizes.items() if ".feed_forward.experts." not in key)
     all_experts = 8 * 32 * 128
     assert all_experts in sizes.values() and max(rest, 32 * 128) < all_experts / 2
-    with Largest() as largest, torch.no_grad():
+    with Largest() as largest, torch.no_grad(), patch("latentphys.training.models.load_autoencoder"):
         dynamics = load_dynamics(runs["tree"], max_resident_experts=1)[0]
         dynamics(*inputs(dynamics))
     assert 32 * 128 <= largest.numel < all_experts

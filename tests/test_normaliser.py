@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from small import NUM_TRAJECTORIES, Road, train
 
 from latentphys import operators
-from latentphys.autoencoders import Autoencoder, FamilyScale
+from latentphys.autoencoders import Autoencoder, FieldScale
 from latentphys.data import Store, compute_statistics, create_store, open_store
 from latentphys.rollout import rollout_store
 from latentphys.surrogate import Surrogate
@@ -119,7 +119,7 @@ def test_other_units_scale_a_surrogate(plain: Chain, eightfold: Chain) -> None:
 def test_training_data_have_mean_zero_and_unit_size_where_the_network_sees_them(plain: Chain) -> None:
     """What reaches the encoder, caught there: a second normalisation would leave another size."""
     seen: list[torch.Tensor] = []
-    hook = plain.autoencoder.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    hook = plain.autoencoder.encoder.register_forward_pre_hook(lambda module, inputs: seen.extend(inputs[0].values()))
     with torch.no_grad():
         for i in TRAINING:
             plain.autoencoder.encode(plain.store.read("velocity", i, slice(None)), plain.store.geometry(i), FAMILY)
@@ -134,7 +134,9 @@ def test_what_is_held_out_sets_no_scale(plain: Chain, tmp_path: Path) -> None:
         return lambda i: factor if i == NUM_TRAJECTORIES - 1 else 1.0
 
     other = chain(open_store(copied(plain.store, tmp_path / "b.zarr", last(64.0), last(100.0))), tmp_path)
-    assert other.store.statistics()["velocity"]["fluctuation_std"] > 5 * plain.autoencoder.scales[FAMILY].velocity
+    assert (
+        other.store.statistics()["velocity"]["fluctuation_std"] > 5 * plain.autoencoder.scales[FAMILY]["velocity"].size
+    )
     for run, theirs in zip(plain.runs, other.runs, strict=True):
         mine = open_checkpoint(run).extra
         assert {"scales"} <= set(mine) or {"conditioning"} <= set(mine)
@@ -144,12 +146,12 @@ def test_what_is_held_out_sets_no_scale(plain: Chain, tmp_path: Path) -> None:
 
 
 def test_the_scale_is_the_mean_and_spread_of_the_training_trajectories(plain: Chain) -> None:
-    scale = plain.autoencoder.scales[FAMILY]
+    scale = plain.autoencoder.scales[FAMILY]["velocity"]
     flux = all_of(plain.store, "velocity")[TRAINING].double()
     profile = flux.mean((0, 1, 3, 4), keepdim=True)[0, 0]
     torch.testing.assert_close(scale.profile, profile, rtol=1e-12, atol=1e-18)
     fluctuation = operators.velocity(flux - profile, plain.store.grid)
-    assert scale.velocity == pytest.approx(float(fluctuation.square().mean().sqrt()), rel=1e-12)
+    assert scale.size == pytest.approx(float(fluctuation.square().mean().sqrt()), rel=1e-12)
 
 
 def test_a_resumed_run_keeps_its_scales(plain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,8 +169,8 @@ def test_a_resumed_run_keeps_its_scales(plain: Chain, tmp_path: Path, monkeypatc
 
 def test_normalise_and_denormalise_are_inverse(plain: Chain) -> None:
     grid, flux = plain.store.grid, plain.store.read("velocity", 0, 0).double()
-    scale = FamilyScale.from_statistics(grid, compute_statistics(plain.store)["velocity"])
+    scale = FieldScale.from_statistics(grid, compute_statistics(plain.store)["velocity"])
     back = scale.denormalise(scale.normalise(flux, grid), grid)
     torch.testing.assert_close(back, flux, rtol=1e-13, atol=1e-13 * float(flux.abs().amax()))
-    with pytest.raises(ValueError, match="positive velocity scale"):
-        FamilyScale(grid, scale.profile, 0.0)
+    with pytest.raises(ValueError, match="fluctuations of 'velocity' of a positive size, got 0.0"):
+        FieldScale(grid, scale.profile, 0.0)

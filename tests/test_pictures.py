@@ -88,7 +88,7 @@ def test_a_failing_model_is_left_as_it_was(road: Road, task: Build, tmp_path: Pa
 
 
 def test_a_reconstruction_is_that_of_held_out_flows_without_noise(road: Road, task: Build) -> None:
-    model: AutoencoderTask = task(road, "autoencoder", "autoencoder.latent_noise=0.9")
+    model: AutoencoderTask = task(road, "autoencoder", "autoencoder.bottleneck.noise=0.9")
     samples = [pictures._sample(model, number) for number in range(2)]
     assert {sample.label.partition(",")[0] for sample in samples} == {"open channel", "porous"}
     for sample in samples:

@@ -7,9 +7,10 @@ autoencoder of size `base`.
 import numpy as np
 import pytest
 import torch
+from reference import velocity_scale
 
 from latentphys import operators
-from latentphys.autoencoders import Autoencoder, FamilyScale, PotentialHead, ProjectionHead, RieszHead
+from latentphys.autoencoders import Autoencoder, Heads, PotentialHead, ProjectionHead, RieszHead
 from latentphys.families.media import sphere_pack
 from latentphys.grid import PERIODIC, Boundaries, Geometry, Grid
 
@@ -32,8 +33,10 @@ def geometry_of(kind: str, size: int) -> Geometry:
 
 def check(kind: str, size: int, head: ProjectionHead | PotentialHead | RieszHead) -> None:
     geometry = geometry_of(kind, size)
-    scale = FamilyScale(geometry.grid, torch.zeros(3, 1, 1, 1), 1.0)
-    model = Autoencoder({"any": scale}, latent_channels=4, widths=[8, 8, 8], num_blocks=[1, 1, 1], head=head).eval()
+    scale = velocity_scale(geometry.grid)
+    model = Autoencoder(
+        {"any": scale}, latent_channels=4, widths=[8, 8, 8], num_blocks=[1, 1, 1], heads=Heads(head)
+    ).eval()
     for weights in model.parameters():
         torch.nn.init.normal_(weights, std=0.3)
     flux = model.decode(torch.randn(1, 4, *model.latent_shape(geometry.grid)), geometry, "any", exact=True)

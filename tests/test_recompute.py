@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
+from reference import velocity_scale
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from latentphys.autoencoders import Autoencoder, FamilyScale
+from latentphys.autoencoders import Autoencoder, Bottleneck
 from latentphys.grid import Geometry, Grid
 from latentphys.routers import (
     DenseRouter,
@@ -214,13 +215,13 @@ def test_the_transformer_keeps_less() -> None:
 def new_autoencoder() -> tuple[Autoencoder, Callable[[], Tensor]]:
     torch.manual_seed(0)
     grid = Grid((16, 16, 16), (0.1, 0.1, 0.1), (("periodic", "periodic"),) * 2 + (("no_slip", "no_slip"),))
-    scale = FamilyScale(grid, torch.zeros(3, 1, 1, 16, dtype=torch.float64), 1.0)
-    model = Autoencoder({"flow": scale}, 8, [16, 32], [2, 2], latent_noise=0.1)
+    scale = velocity_scale(grid, torch.zeros(3, 1, 1, 16, dtype=torch.float64))
+    model = Autoencoder({"flow": scale}, 8, [16, 32], [2, 2], bottleneck=Bottleneck(noise=0.1))
     for parameter in model.parameters():
         if not parameter.detach().any():
             nn.init.normal_(parameter, std=0.05)
     geometry, flux = Geometry(grid), torch.randn(2, 3, 16, 16, 16)
-    return model, lambda: model(flux, geometry, "flow")
+    return model, lambda: model(flux, geometry, "flow").fields
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -16,7 +16,7 @@ from latentphys.training import open_checkpoint
 
 LAUNCH = Path(__file__).parent.parent / "configs" / "accelerate" / "cpu_2proc.yaml"
 QUIET = {
-    "autoencoder": ["autoencoder.latent_noise=0"],
+    "autoencoder": ["autoencoder.bottleneck.noise=0"],
     "dynamics": ["dynamics_training.input_noise=0", "dynamics_training.unroll=2"],
 }
 """Noise is drawn by each process, so there is none here."""

@@ -181,9 +181,9 @@ def test_a_flux_that_is_not_finite_is_refused_and_forgotten(road: Road, surrogat
     broken = state.velocity.clone()
     broken[0, 1, 2, 3] = value
     for given in (broken, broken.numpy(), state.with_fields(velocity=broken)):
-        with pytest.raises(ValueError, match="a finite flux, got NaN or infinite values; step back to a snapshot"):
+        with pytest.raises(ValueError, match="a finite velocity, got NaN or infinite values; step back to a snapshot"):
             surrogate.step(given)
-    with pytest.raises(ValueError, match="a finite flux"):
+    with pytest.raises(ValueError, match="a finite velocity"):
         surrogate.init(state.with_fields(velocity=broken))
     assert torch.equal(surrogate.step(state).velocity, expected)
 
@@ -204,7 +204,7 @@ def test_another_box_is_refused(road: Road, surrogate: Surrogate) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             surrogate.init(torch.zeros(3, *grid.shape).double(), Geometry(grid), "porous")
-    with pytest.raises(ValueError, match=r"one flux of shape \(3, 16, 16, 16\), got \(1, 3, 16, 16, 16\)"):
+    with pytest.raises(ValueError, match=r"one velocity of shape \(3, 16, 16, 16\), got \(1, 3, 16, 16, 16\)"):
         surrogate.step(state.velocity[None])
 
 

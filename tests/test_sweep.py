@@ -78,7 +78,7 @@ def test_every_combination_is_a_run_that_its_settings_name(tmp_path: Path) -> No
     for text, names in (
         ("trainer.learning_rate=choice(1e-3,3e-3)", ["trainer.learning_rate=0.001", "trainer.learning_rate=0.003"]),
         ("stores=[a.zarr],[b/c.zarr]", ["stores=[a.zarr]", "stores=[b.c.zarr]"]),
-        ("autoencoder/head=general,riesz", ["autoencoder.head=general", "autoencoder.head=riesz"]),
+        ("autoencoder/head=projection,riesz", ["autoencoder.head=projection", "autoencoder.head=riesz"]),
     ):
         assert [job.run.name for job in expand("dynamics", ["stores=[a.zarr]", f"out='{tmp_path}'", text])] == names
 

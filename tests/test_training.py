@@ -51,7 +51,7 @@ def log(run: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(("kind", "ratio"), [("autoencoder", 0.93), ("dynamics", 0.7)])
 def test_the_loss_falls(road: Road, tmp_path: Path, kind: str, ratio: float) -> None:
     settings = ["trainer.num_steps=25", "trainer.batch_size=4", "trainer.learning_rate=4e-3", "trainer.log_every=5"]
-    noise = "autoencoder.latent_noise=0" if kind == "autoencoder" else "dynamics_training.input_noise=0"
+    noise = "autoencoder.bottleneck.noise=0" if kind == "autoencoder" else "dynamics_training.input_noise=0"
     train(kind, road.inputs(kind)[:1], tmp_path / "run", *settings, noise)
     losses = [line["loss"] for line in log(tmp_path / "run") if "loss" in line]
     assert len(losses) == 5
@@ -168,7 +168,7 @@ def test_checkpoints_give_back_every_bit(road: Road) -> None:
 def test_a_checkpoint_cannot_call_what_is_no_network(road: Road, tmp_path: Path, target: str) -> None:
     folder = copied(open_checkpoint(road.autoencoder).path, tmp_path)
     good = manifest.read(folder)["config"]
-    for config in ({**good, "_target_": target}, {**good, "head": {"_target_": target}}):
+    for config in ({**good, "_target_": target}, {**good, "heads": {"_target_": target}}):
         describe(folder, config)
         with pytest.raises(ValueError, match=f"network modules that can be imported in .*, got {target}"):
             load_autoencoder(folder)
@@ -177,7 +177,7 @@ def test_a_checkpoint_cannot_call_what_is_no_network(road: Road, tmp_path: Path,
 def test_weights_of_another_architecture_are_refused(road: Road, tmp_path: Path) -> None:
     run = copied(road.autoencoder, tmp_path)
     folder = open_checkpoint(run).path
-    describe(folder, {**manifest.read(folder)["config"], "widths": [8, 24]})
+    describe(folder, {**manifest.read(folder)["config"], "widths": [8, 32]})
     with pytest.raises(
         ValueError, match="weights that fit the model described in .*step-000006, got others: size mismatch"
     ):
@@ -210,7 +210,7 @@ def test_stores_that_cannot_be_trained_on_are_refused(road: Road, tmp_path: Path
             train(kind, [], run)
         with pytest.raises(ValueError, match="a batch of at most 1[58], the windows of"):
             train(kind, paths, run, "trainer.batch_size=20")
-    with pytest.raises(ValueError, match="a field 'velocity' in .*latent.zarr"):
+    with pytest.raises(ValueError, match=r"fields of a flow in .*latent.zarr, got \['latent'\]"):
         train("autoencoder", latents, run)
     with pytest.raises(ValueError, match="a latent store, got .*make one with `latentphys encode`"):
         train("dynamics", fields, run)

@@ -14,6 +14,8 @@ from latentphys.fields import FieldSpec
 from latentphys.grid import Grid
 
 FIELD = FieldSpec("p", "scalar", "Pa")
+FLUX = FieldSpec("u", "flux", "m3/s")
+VALUE = {"p": 10_000, "u": 20_000, "c": 30_000}
 
 
 def numbered(path: Path, shape: tuple[int, int, int], num_trajectories: int, num_times: int) -> Store:
@@ -49,6 +51,58 @@ def test_a_window_holds_the_snapshots_it_names(stores: list[Store], cache: bool)
         assert batch.values.shape == (2, 3, *stores[batch.store].grid.shape)
         expected = 100 * batch.trajectories[:, None] + batch.starts[:, None] + torch.tensor([0, 2, 4])
         assert torch.equal(batch.values, expected[:, :, None, None, None].expand(batch.values.shape).float())
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> list[Store]:
+    """Two stores with other fields each, in which every value tells field, component, trajectory and time apart."""
+    folder, stores = tmp_path_factory.mktemp("mixed"), []
+    families = {"a": (FIELD, FLUX, FieldSpec("c", "scalar", "K")), "b": (FieldSpec("c", "scalar", "K"),)}
+    for name, specs in families.items():
+        with create_store(
+            folder / name,
+            grid=Grid((2, 4, 3), (1.0, 1.0, 1.0)),
+            specs={spec.name: spec for spec in specs},
+            family=name,
+            num_trajectories=2,
+            times=range(5),
+        ) as out:
+            for spec in specs:
+                for i in range(2):
+                    frames = 100.0 * i + torch.arange(5, dtype=torch.float64).reshape(-1, 1, 1, 1)
+                    values = frames + VALUE[spec.name] + torch.zeros(5, 2, 4, 3, dtype=torch.float64)
+                    if spec.kind == "flux":
+                        values = torch.stack([values + 1000 * axis for axis in range(3)], dim=1)
+                    out.write(spec.name, i, slice(None), values)
+        stores.append(open_store(folder / name))
+    return stores
+
+
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("names", [["p", "u", "c"], ["c", "u"], ["u"], ["c"]])
+def test_packed_fields_are_one_after_another_in_the_order_asked_for(
+    mixed: list[Store], names: list[str], cache: bool
+) -> None:
+    """A scalar has one component, alone too."""
+    windows = Windows(mixed, {"a": names, "b": ["c"]}, length=2, stride=2, cache=cache)
+    components = {"p": [10_000], "u": [20_000, 21_000, 22_000], "c": [30_000]}
+    seen = set()
+    for step in range(6):
+        batch = windows.sample(step, batch=2, seed=0)
+        expected = torch.tensor([x for name in (names if batch.store == 0 else ["c"]) for x in components[name]])
+        assert batch.values.dtype == torch.float32 and batch.values.shape == (2, 2, len(expected), 2, 4, 3)
+        frames = 100 * batch.trajectories[:, None] + batch.starts[:, None] + torch.tensor([0, 2])
+        values = (frames[:, :, None] + expected)[..., None, None, None]
+        assert torch.equal(batch.values, values.expand(batch.values.shape).float())
+        seen.add(batch.store)
+        one = windows.read(batch.store, int(batch.trajectories[0]), int(batch.starts[0]))
+        assert torch.equal(one, batch.values[0])
+    assert seen == {0, 1}
+
+
+def test_packed_fields_that_are_not_there_are_refused(mixed: list[Store]) -> None:
+    with pytest.raises(ValueError, match=r"a field 'p' in .*b, got \['c'\]"):
+        Windows(mixed, {"a": ["p"], "b": ["p"]}, 2)
 
 
 def drawn(windows: Windows, step: int, batch: int = 4, seed: int = 5) -> tuple[int, list[int], list[int]]:

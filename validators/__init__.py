@@ -1,6 +1,7 @@
 """What a store really holds: conservation, errors and statistics, measured in FP64, and the report of it."""
 
 from latentphys.validators.check import Check, exit_status
+from latentphys.validators.latents import measure_latents
 from latentphys.validators.pointwise import vrmse, vrmse_well
 from latentphys.validators.report import write_report
 from latentphys.validators.routing import ModelRouting, measure_routing
@@ -16,6 +17,7 @@ __all__ = [
     "Validation",
     "energy_spectra",
     "exit_status",
+    "measure_latents",
     "measure_routing",
     "validate",
     "vrmse",

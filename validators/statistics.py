@@ -98,6 +98,11 @@ def _shells(grid: Grid) -> tuple[Int[Tensor, "nx ny half"], Float[Tensor, " half
     return (k / spacing).round().long(), _mirrored(grid.shape[2]), spacing
 
 
+def band(shell: int, resolved: int) -> str:
+    """The third of log k, of 1 to `resolved` shells, that a shell of the spectrum is in."""
+    return BANDS[min(2, int(3 * math.log(shell) / math.log(resolved) + 1e-9)) if resolved > 1 else 0]
+
+
 def spectrum_errors(model: tuple[Spectrum, ...], reference: tuple[Spectrum, ...]) -> dict[str, float]:
     """Log-spectral error per band: rms of log10(E_model/E_reference) over its shells [decades].
 
@@ -105,14 +110,13 @@ def spectrum_errors(model: tuple[Spectrum, ...], reference: tuple[Spectrum, ...]
     Energies below rounding (ε² of the total) count as ε². A band without a shell (four cells per axis or fewer) is
     left out.
     """
-    squares: dict[str, list[float]] = {band: [] for band in BANDS}
+    squares: dict[str, list[float]] = {name: [] for name in BANDS}
     for u, v in zip(model, reference, strict=True):
         tiny = max(torch.finfo(torch.float64).eps ** 2 * float(v.energy.sum()), torch.finfo(torch.float64).tiny)
         ratio = (u.energy.clamp(min=tiny) / v.energy.clamp(min=tiny)).log10()
         for m in range(1, u.resolved + 1):
-            band = min(2, int(3 * math.log(m) / math.log(u.resolved) + 1e-9)) if u.resolved > 1 else 0
-            squares[BANDS[band]].append(float(ratio[m]) ** 2)
-    return {band: math.sqrt(sum(values) / len(values)) for band, values in squares.items() if values}
+            squares[band(m, u.resolved)].append(float(ratio[m]) ** 2)
+    return {name: math.sqrt(sum(values) / len(values)) for name, values in squares.items() if values}
 
 
 class Statistics:

@@ -106,8 +106,9 @@ def validate(
     """Measure a store in FP64: that it is finite and keeps what its fields promise, and how far it is from a reference.
 
     Args:
-        store: ground truth, an import or a rollout, in a box or on a sphere. Solenoidal fluxes are held to their net
-            per cell, all fluxes to closed faces, conserved scalars to their total and positive ones to their sign.
+        store: ground truth, an import, a rollout or the flux of conservative latents, in a box or on a sphere.
+            Solenoidal fluxes are held to their net per cell, all fluxes to closed faces, conserved scalars to their
+            total and positive ones to their sign.
         reference: what a rollout is held against; None for a store that stands alone. Needs a velocity flux.
         reconstruct: one State (without a batch axis) to the flux of its decoded latent (3, nx, ny, nz) [m³/s]: the
             autoencoder, whose error is the floor of a rollout. Applied to the reference, or without one to the store.
@@ -118,18 +119,19 @@ def validate(
         checks fail, the rest is left out.
 
     Raises:
-        ValueError: a store of latents; with a reference or a model, a store without a solenoidal velocity flux; a
+        ValueError: a store of latents alone; with a reference or a model, a store without a solenoidal velocity flux; a
             reference on another grid, in another geometry or too short.
     """
     has_flow = _is_flow(store, alone=reference is None and reconstruct is None)
+    specs = {n: spec for n, spec in store.specs.items() if not (_holds_latents(store) and spec.kind != "flux")}
     alignment = None if reference is None else Alignment.of(store, reference)
     label = store.path.stem if reference is None else MODEL
-    about = {"family": store.family, "dtype": ", ".join(sorted({str(store.array(n).dtype) for n in store.specs}))}
+    about = {"family": store.family, "dtype": ", ".join(sorted({str(store.array(n).dtype) for n in specs}))}
     size = f"{' x '.join(map(str, store.domain.shape))} {'points' if isinstance(store.domain, Sphere) else 'cells'}"
     extent = f"{store.num_trajectories} trajectories of {store.num_times} frames of {size}"
     first = 0 if reference is None else 1
-    fluxes = {n: Conservation(spec, is_exact(store, n)) for n, spec in store.specs.items() if spec.kind == "flux"}
-    values = {n: Values(spec, store.domain) for n, spec in store.specs.items() if spec.kind != "flux"}
+    fluxes = {n: Conservation(spec, is_exact(store, n)) for n, spec in specs.items() if spec.kind == "flux"}
+    values = {n: Values(spec, store.domain) for n, spec in specs.items() if spec.kind != "flux"}
     pointwise, statistics = Pointwise(), Statistics()
 
     snapshots = list(product(range(store.num_trajectories), range(store.num_times)))
@@ -177,12 +179,16 @@ def _is_flow(store: Store, alone: bool) -> bool:
     """Whether there is a solenoidal velocity flux, which can be held against a reference and a model."""
     spec = store.specs.get("velocity")
     is_flow = spec is not None and (spec.kind, spec.constraint) == ("flux", "solenoidal")
-    if store.attributes.get("channels") is not None or not (is_flow or alone):
+    if not is_flow and (_holds_latents(store) or not alone):
         found = ", ".join(f"{s.name} ({s.kind}, {s.constraint})" for s in store.specs.values())
         raise ValueError(
             f"Expected a solenoidal flux field 'velocity', got {found}; decode latents, import velocities as fluxes."
         )
     return is_flow
+
+
+def _holds_latents(store: Store) -> bool:
+    return store.attributes.get("channels") is not None
 
 
 def _subject(store: Store) -> str:

@@ -59,9 +59,10 @@ def create_store(
         parameters: physical parameters, name → numbers (trajectory,), (trajectory, k) or (trajectory, time, k).
         parameter_units: name → unit of a parameter; default "1".
         solid: boolean voxels (trajectory, nx, ny, nz) of a box; left out of the store when there are none.
-        dtype: ``float64`` (default) or ``float32``, of the fields.
+        dtype: ``float64`` (default) or ``float32``, of the fields; fluxes beside latents are always ``float64``.
         layout: the operator in which the fluxes' divergence is zero.
-        channels: number of latent channels; makes a latent store, whose fields have ``channels`` components.
+        channels: number of latent channels; makes a latent store, whose fields have ``channels`` components, but for
+            fluxes on the latent grid.
         provenance: what else to record beside version, command and creation time, such as the seed.
         attributes: further attributes of the group; ``rollout`` makes it a rollout store.
         extras: further arrays per snapshot, name → (shape, dtype, dimension names), the first two of them
@@ -148,9 +149,11 @@ def _fields(
             raise ValueError(f"Expected a field under its own name, and none of {sorted(RESERVED)}, got {name!r}.")
         snapshot = snapshot_shape(spec, domain, channels)
         has_components = len(snapshot) > len(domain.shape)
-        component = () if not has_components else ("axis",) if channels is None else ("channel",)
+        is_latent = channels is not None and spec.kind != "flux"
+        component = () if not has_components else ("channel",) if is_latent else ("axis",)
         dimensions = ("trajectory", "time", *component, *space_dimensions(domain))
-        arrays[name] = SnapshotArray((*counts, *snapshot), dtype, dimensions, {"units": spec.unit})
+        kind = dtype if is_latent or channels is None else np.dtype("float64")
+        arrays[name] = SnapshotArray((*counts, *snapshot), kind, dimensions, {"units": spec.unit})
     return arrays
 
 

@@ -165,11 +165,11 @@ class RunningStatistics:
 
         Returns:
             ``count``: values per component. ``mean``, ``std``, ``min``, ``max``: per component, over all stored values,
-            in the unit of the field. For fluxes and vectors also ``profile``: the mean over trajectories, times and
-            homogeneous directions, nested lists of a shape that broadcasts to (components, nx, ny, nz), zero where no
-            direction is homogeneous; and ``fluctuation_std``: the root mean square of the field less its profile, over
-            everything, or over open faces (fluid cells) where there are solids. A flux is divided by the face area
-            first, so that it is a velocity [m/s]. On a sphere every mean is weighted by area.
+            in the unit of the field. ``profile``: the mean over trajectories, times and homogeneous directions, nested
+            lists of a shape that broadcasts to (components, nx, ny, nz); where no direction is homogeneous, zero for
+            fluxes and vectors and the mean for scalars. ``fluctuation_std``: the root mean square of the field less its
+            profile, over everything, or over open faces (fluid cells) where there are solids. A flux is divided by the
+            face area first, so that it is a velocity [m/s]. On a sphere every mean is weighted by area.
 
         Raises:
             ValueError: nothing was added yet.
@@ -186,16 +186,18 @@ class RunningStatistics:
             "min": self._min.tolist(),
             "max": self._max.tolist(),
         }
-        if self.spec.kind != "scalar":
-            area: np.ndarray | float = 1.0
-            if self.spec.kind == "flux" and isinstance(self.domain, Grid):
-                area = np.asarray(self.domain.face_areas)
-            if self.homogeneous:
-                squares, number = (share * self._m2).sum(axes), np.full(self.num_components, self._count)
-            else:
-                squares, number = self._open_square, self._open_count
-            result["profile"] = (self._mean if self.homogeneous else np.zeros_like(self._mean)).tolist()
-            result["fluctuation_std"] = float(np.sqrt((squares / area**2).sum() / number.sum()))
+        area: np.ndarray | float = 1.0
+        if self.spec.kind == "flux" and isinstance(self.domain, Grid):
+            area = np.asarray(self.domain.face_areas)
+        profile = self._mean if self.homogeneous else np.zeros_like(self._mean)
+        if self.homogeneous:
+            squares, number = (share * self._m2).sum(axes), np.full(self.num_components, self._count)
+        elif self.spec.kind == "scalar":
+            profile, squares, number = mean, variance * positions * self._count, np.array([positions * self._count])
+        else:
+            squares, number = self._open_square, self._open_count
+        result["profile"] = profile.tolist()
+        result["fluctuation_std"] = float(np.sqrt((squares / area**2).sum() / number.sum()))
         return result
 
 

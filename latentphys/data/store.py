@@ -44,8 +44,8 @@ ATTRIBUTES = {
 
 
 def snapshot_shape(spec: FieldSpec, domain: Domain, channels: int | None) -> tuple[int, ...]:
-    """Shape of one snapshot in a store; latents have ``channels`` components instead of those of the domain."""
-    return spec.shape(domain) if channels is None else (channels, *domain.shape)
+    """Shape of one snapshot in a store; among latents all but fluxes have ``channels`` components."""
+    return spec.shape(domain) if channels is None or spec.kind == "flux" else (channels, *domain.shape)
 
 
 def crc(values: np.ndarray) -> int:

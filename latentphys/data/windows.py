@@ -20,7 +20,8 @@ class Batch:
     """Windows of one store, hence of one family and grid.
 
     Args:
-        values: the field in FP32, ``(batch, length, [axis,] nx, ny, nz)``, in the unit of the store.
+        values: the field in FP32, ``(batch, length, [axis,] nx, ny, nz)``, in the unit of the store, or packed fields,
+            ``(batch, length, components, nx, ny, nz)``.
         store: which store of the `Windows`.
         trajectories: trajectory of each window, ``(batch,)``.
         starts: its first snapshot, ``(batch,)``.
@@ -58,7 +59,7 @@ class Windows:
 
     Args:
         stores: one per family.
-        field: the field to read.
+        fields: the field to read; or family → the fields to read packed, their components one after another.
         length: snapshots per window, ≥ 1.
         stride: distance of neighbouring snapshots in a window, in snapshots of the store. Default 1.
         trajectories: per store the trajectories to draw from. Default: all.
@@ -74,7 +75,7 @@ class Windows:
     def __init__(
         self,
         stores: Sequence[Store],
-        field: str,
+        fields: str | Mapping[str, Sequence[str]],
         length: int,
         stride: int = 1,
         trajectories: Sequence[Sequence[int]] | None = None,
@@ -85,15 +86,18 @@ class Windows:
             raise ValueError("Expected at least one store, got none.")
         if length < 1 or stride < 1:
             raise ValueError(f"Expected length ≥ 1 and stride ≥ 1, got {length} and {stride}.")
-        self.stores, self.field, self.length, self.stride = list(stores), field, length, stride
+        self.stores, self.length, self.stride = list(stores), length, stride
+        self._packed = not isinstance(fields, str)
+        self._fields = [[fields] if isinstance(fields, str) else list(fields[store.family]) for store in stores]
         if trajectories is None:
             trajectories = [range(len(store)) for store in stores]
         self._trajectories = [list(chosen) for chosen in trajectories]
         if len(self._trajectories) != len(self.stores):
             raise ValueError(f"Expected trajectories for {len(self.stores)} stores, got {len(self._trajectories)}.")
-        for store, chosen in zip(self.stores, self._trajectories, strict=True):
-            if field not in store.specs:
-                raise ValueError(f"Expected a field {field!r} in {store.path}, got {sorted(store.specs)}.")
+        for store, names, chosen in zip(self.stores, self._fields, self._trajectories, strict=True):
+            for field in names:
+                if field not in store.specs:
+                    raise ValueError(f"Expected a field {field!r} in {store.path}, got {sorted(store.specs)}.")
             if not chosen or len(set(chosen)) != len(chosen) or not set(chosen) <= set(range(len(store))):
                 raise ValueError(f"Expected different trajectories from 0 to {len(store) - 1}, got {chosen}.")
             if self._num_starts(store) < 1:
@@ -109,7 +113,7 @@ class Windows:
 
     def hold(self) -> None:
         """Read the trajectories into memory, where windows come from then on."""
-        for store, chosen, held in zip(self.stores, self._trajectories, self._cache, strict=True):
+        for store, (chosen, held) in enumerate(zip(self._trajectories, self._cache, strict=True)):
             held.update({i: self._read(store, i, slice(None)) for i in chosen})
 
     def _num_starts(self, store: Store) -> int:
@@ -126,14 +130,33 @@ class Windows:
         """One window in FP32, written to `out` where that is given."""
         frames = slice(start, start + (self.length - 1) * self.stride + 1, self.stride)
         if not self._cache[store]:
-            return self._read(self.stores[store], trajectory, frames, out)
+            return self._read(store, trajectory, frames, out)
         window = self._cache[store][trajectory][frames]
         return window if out is None else out.copy_(window)
 
-    def _read(self, store: Store, trajectory: int, frames: slice, out: Tensor | None = None) -> Tensor:
+    def _read(self, store: int, trajectory: int, frames: slice, out: Tensor | None = None) -> Tensor:
+        source, names = self.stores[store], self._fields[store]
         if out is None:
-            out = _room((len(range(store.num_times)[frames]), *store.array(self.field).shape[2:]))
-        return store.read(self.field, trajectory, frames, out)
+            out = _room((len(range(source.num_times)[frames]), *self._shape(store)))
+        if len(names) == 1 and not (self._packed and source.specs[names[0]].kind == "scalar"):
+            return source.read(names[0], trajectory, frames, out)
+        start = 0
+        for name in names:
+            values = source.read(name, trajectory, frames)
+            values = values.unsqueeze(1) if source.specs[name].kind == "scalar" else values
+            out[:, start : start + values.shape[1]] = values
+            start += values.shape[1]
+        return out
+
+    def _shape(self, store: int) -> tuple[int, ...]:
+        """Shape of one snapshot of the field, or of the packed fields."""
+        source, names = self.stores[store], self._fields[store]
+        shapes = [source.array(name).shape[2:] for name in names]
+        if not self._packed:
+            return tuple(shapes[0])
+        kinds = [source.specs[name].kind for name in names]
+        channels = sum(1 if kind == "scalar" else shape[0] for kind, shape in zip(kinds, shapes, strict=True))
+        return (channels, *source.domain.shape)
 
     def sample(self, step: int, batch: int, seed: int, rank: int = 0, world: int = 1) -> Batch:
         """The windows of one training step, the same whenever and wherever it is asked for.
@@ -153,7 +176,7 @@ class Windows:
         """
         drawn = self.draw(step, batch, seed, rank, world)
         store = drawn.store
-        values = _room((batch // world, self.length, *self.stores[store].array(self.field).shape[2:]))
+        values = _room((batch // world, self.length, *self._shape(store)))
         for i, start, out in zip(drawn.trajectories.tolist(), drawn.starts.tolist(), values, strict=True):
             self.read(store, i, start, out)
         return Batch(values, *drawn)

@@ -7,7 +7,7 @@ however often it is interrupted, it writes the same bits on the same kind of mac
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ from latentphys.families.solver import Fields, Solver
 from latentphys.fields import Domain
 from latentphys.grid import Geometry, Grid
 from latentphys.sphere import Sphere
+from latentphys.workers import Progress
 
 Parameters = Mapping[str, Any]
-Progress = Callable[[int], None]
 
 
 def stack(drawn: Sequence[Parameters]) -> dict[str, np.ndarray]:
@@ -64,6 +64,10 @@ class Job:
     device: str = "cpu"
     compiled: bool = False
     threads: int | None = None
+
+    @property
+    def num_snapshots(self) -> int:
+        return len(self.members) * self.num_frames
 
     def run(self, part: Part, progress: Progress) -> None:
         """Write what the store does not have yet of these trajectories.

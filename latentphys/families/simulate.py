@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import multiprocessing
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from functools import partial
-from importlib.util import find_spec
-from multiprocessing.managers import SyncManager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +13,10 @@ import numpy as np
 import torch
 
 from latentphys.data import create_store
-from latentphys.data.part import Part
 from latentphys.families.family import Family
-from latentphys.families.jobs import Job, Progress, geometries, stack
+from latentphys.families.jobs import Job, geometries, stack
 from latentphys.sphere import Sphere
-
-POLL_SECONDS = 0.2
+from latentphys.workers import Progress, check_workers, run_in_processes, run_on_cluster
 
 
 def simulate(
@@ -105,95 +96,12 @@ def simulate(
             for job in jobs:
                 job.run(part, progress)
         elif isinstance(workers, str):
-            _on_cluster(jobs, writer.part(), workers, progress)
+            run_on_cluster(jobs, writer.part(), workers, progress)
         else:
-            _in_processes(jobs, writer.part(), workers, progress)
+            run_in_processes(jobs, writer.part(), workers, progress)
     return Path(out)
-
-
-def check_workers(workers: Any) -> None:
-    """Refuse what is neither a number of processes nor the address of a dask cluster that can be used here.
-
-    Raises:
-        ValueError: anything else, or no dask.distributed.
-    """
-    is_address = isinstance(workers, str) and "://" in workers
-    if not is_address and (type(workers) is not int or workers < 1):
-        raise ValueError(
-            f"Expected at least one worker, or the address of a dask cluster such as tcp://host:8786, got {workers!r}."
-        )
-    if is_address and find_spec("distributed") is None:
-        raise ValueError(f"Expected dask.distributed for {workers!r}, got none; pip install distributed.")
 
 
 def _device(device: str, index: int) -> str:
     """The GPU of a job, where there are several."""
     return f"cuda:{index % torch.cuda.device_count()}" if device == "cuda" else device
-
-
-def _run(job: Job, part: Part, report: Progress) -> None:
-    """One job in a process of its own, or on a cluster."""
-    try:
-        job.run(part, report)
-    finally:
-        part.close()
-
-
-def _end_with_parent() -> None:
-    """Make this process end when its parent does, even by ``kill -9``, and leave Ctrl-C to the parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _in_processes(jobs: Sequence[Job], part: Part, workers: int, progress: Progress) -> None:
-    context = multiprocessing.get_context("spawn")
-    manager = SyncManager(ctx=context)
-    manager.start(_end_with_parent)
-    with manager:
-        done = manager.Queue()
-        pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _end_with_parent)
-        try:
-            _wait([pool.submit(_run, job, part, done.put) for job in jobs], partial(_drain, done, progress))
-        except BaseException:
-            # without this the processes would finish the jobs that they have begun
-            for process in list((pool._processes or {}).values()):
-                process.terminate()
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _wait(futures: Sequence[Future[None]], look: Callable[[], None]) -> None:
-    """Until all are done or one has failed."""
-    waiting = set(futures)
-    while waiting:
-        finished, waiting = wait(waiting, POLL_SECONDS, FIRST_COMPLETED)
-        look()
-        for future in finished:
-            future.result()
-
-
-def _drain(done: Any, progress: Progress) -> None:
-    while not done.empty():
-        progress(done.get())
-
-
-def _on_cluster(jobs: Sequence[Job], part: Part, address: str, progress: Progress) -> None:
-    from dask.distributed import Client, as_completed
-
-    with Client(address) as client:
-        futures = {client.submit(_run, job, part, _ignore, pure=False): job for job in jobs}
-        for future in as_completed(futures):
-            future.result()
-            progress(len(futures[future].members) * futures[future].num_frames)
-
-
-def _ignore(num_frames: int) -> None:
-    """Progress that nobody watches."""

@@ -26,14 +26,16 @@ class Snapshot:
 
     state: State
     latents: Tensor
+    totals: Mapping[str, Tensor]
     stepper: LatentStepper
 
 
 class Surrogate:
     """Steps one flow with a trained model. Mass is conserved exactly by every state that it returns.
 
-    Fluxes go in and out as the volume flux through each cell's low faces [m³/s], FP64 out. A solver may change the
-    state between calls, in place too: a state whose flux is not the one returned last is encoded anew.
+    Fluxes go in and out as the volume flux through each cell's low faces [m³/s], FP64 out, and so do further fields of
+    the family; conserved scalars keep their total. A solver may change the state between calls, in place too: a state
+    whose fields are not those returned last is encoded anew.
 
         s = Surrogate.load("runs/demo/dynamics")
         state = s.init(store[0, 0])
@@ -93,9 +95,9 @@ class Surrogate:
         if state.family is None:
             raise ValueError(f"Expected a state of a family among {sorted(self.families)}, got one without a family.")
         stepper = LatentStepper(self.autoencoder, self.dynamics, state.geometry, state.family)
-        latent = stepper.encode(_checked(state)[None])
+        packed = _checked(state, stepper)
         self.dynamics.conditioning.vector(state.parameters, state.parameters, stepper.interval)  # refused here or never
-        return self._remember(state, latent, stepper)
+        return self._remember(state, stepper.encode(packed), stepper.totals(packed), stepper)
 
     def step(
         self, state: State | Tensor | np.ndarray, num_steps: int = 1, parameters: ParametersAt | None = None
@@ -104,7 +106,7 @@ class Surrogate:
 
         Args:
             state: the state returned last, or one that a solver has changed; a bare flux (3, nx, ny, nz), NumPy or
-                torch, stands for the last state with that flux.
+                torch, stands for the last state with that velocity.
             parameters: time → the parameters then, where they change in time. Default: those of the state, constant.
 
         Returns:
@@ -117,13 +119,17 @@ class Surrogate:
         if num_steps < 1:
             raise ValueError(f"Expected num_steps ≥ 1, got {num_steps}.")
         given = state if isinstance(state, State) else current.state.with_fields(velocity=_tensor(state))
-        stepper, latents = current.stepper, current.latents
+        stepper, latents, totals = current.stepper, current.latents, current.totals
         if given.geometry is not stepper.geometry and not _same_geometry(given.geometry, stepper.geometry):
             raise ValueError("Expected the geometry given to init, got another one; call init again to change it.")
         if given.family != stepper.family:
             raise ValueError(f"Expected the family given to init, {stepper.family!r}, got {given.family!r}.")
-        if not torch.equal(given.velocity, current.state.velocity):
-            latents = stepper.encode(_checked(given)[None])
+        if any(
+            name not in given.fields or not torch.equal(given.fields[name], current.state.fields[name])
+            for name in stepper.scale.fields
+        ):
+            packed = _checked(given, stepper)
+            latents, totals = stepper.encode(packed), stepper.totals(packed)
         time = given.time
         for n in range(num_steps):
             now, then = (
@@ -134,7 +140,7 @@ class Surrogate:
         end = time + num_steps * stepper.interval
         if parameters is not None:
             given = replace(given, parameters=parameters(end))
-        result = self._remember(replace(given, time=end), latents, stepper)
+        result = self._remember(replace(given, time=end), latents, totals, stepper)
         if isinstance(state, State):
             return result
         return result.velocity.numpy() if isinstance(state, np.ndarray) else result.velocity
@@ -142,7 +148,7 @@ class Surrogate:
     def snapshot(self) -> Snapshot:
         """A token of the present state; steps after `restore` repeat bit for bit."""
         current = self._require()
-        return Snapshot(current.state, current.latents.clone(), current.stepper)
+        return Snapshot(current.state, current.latents.clone(), current.totals, current.stepper)
 
     def restore(self, token: Snapshot) -> State:
         """Go back to a snapshot and return its state."""
@@ -154,28 +160,32 @@ class Surrogate:
             raise ValueError("Expected init before this call, got a surrogate without a state.")
         return self._current
 
-    def _remember(self, state: State, latents: Tensor, stepper: LatentStepper) -> State:
-        state = state.with_fields(velocity=stepper.decode(latents)[0])
-        self._current = Snapshot(state, latents, stepper)
+    def _remember(self, state: State, latents: Tensor, totals: Mapping[str, Tensor], stepper: LatentStepper) -> State:
+        state = state.with_fields(state.time, **stepper.scale.unpack(stepper.decode(latents, totals)[0]))
+        self._current = Snapshot(state, latents, totals, stepper)
         return _copied(state)
 
 
 def _copied(state: State) -> State:
-    """The same state with a flux of its own, so that a solver that works in place leaves ours as it was."""
-    return state.with_fields(velocity=state.velocity.clone())
+    """The same state with fields of its own, so that a solver that works in place leaves ours as it was."""
+    return state.with_fields(state.time, **{name: values.clone() for name, values in state.fields.items()})
 
 
 def _tensor(flux: Tensor | np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(flux, dtype=np.float64)) if isinstance(flux, np.ndarray) else flux.double()
 
 
-def _checked(state: State) -> Tensor:
-    flux = state.velocity
-    if tuple(flux.shape) != (3, *state.grid.shape):
-        raise ValueError(f"Expected one flux of shape {(3, *state.grid.shape)}, got {tuple(flux.shape)}.")
-    if not bool(torch.isfinite(flux).all()):
-        raise ValueError("Expected a finite flux, got NaN or infinite values; step back to a snapshot.")
-    return flux.double()
+def _checked(state: State, stepper: LatentStepper) -> Tensor:
+    """The packed fields of a state as a batch of one, in FP64."""
+    for name, spec in stepper.scale.specs.items():
+        values, expected = state.fields.get(name), spec.shape(state.grid)
+        if values is None:
+            raise ValueError(f"Expected the fields {list(stepper.scale.fields)}, got {sorted(state.fields)}.")
+        if tuple(values.shape) != expected:
+            raise ValueError(f"Expected one {name} of shape {expected}, got {tuple(values.shape)}.")
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError(f"Expected a finite {name}, got NaN or infinite values; step back to a snapshot.")
+    return stepper.scale.pack({name: state.fields[name].double() for name in stepper.scale.fields})[None]
 
 
 def _same_geometry(a: Geometry, b: Geometry) -> bool:

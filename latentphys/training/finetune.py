@@ -193,7 +193,7 @@ def _joined(trained_on: Autoencoder, autoencoder: Autoencoder, path: Path) -> Au
     same = (
         theirs.keys() == ours.keys()
         and all(torch.equal(theirs[name].cpu(), ours[name].cpu()) for name in theirs)
-        and type(trained_on.head) is type(autoencoder.head)
+        and repr(trained_on.heads) == repr(autoencoder.heads)
     )
     if not same:
         raise ValueError(
@@ -215,6 +215,7 @@ def prepare_autoencoder(
     stores: Sequence[Store],
     trajectories: Sequence[Sequence[int]],
     scales: Mapping[str, FamilyScale] | None = None,
+    fields: Sequence[str] | None = None,
 ) -> tuple[Autoencoder, dict[str, Any]]:
     """A trained autoencoder with the scales of further families, ready to be trained on their fields.
 
@@ -225,6 +226,7 @@ def prepare_autoencoder(
         settings: ``full`` or ``scales``; the checkpoint may be a dynamics model's, whose autoencoder is taken.
         trajectories: of each store those that the scale of a new family is measured in.
         scales: family → its scale, where they are known, as in a run that goes on. Default: measured.
+        fields: which ones it takes of new families; see `new_autoencoder`.
 
     Returns:
         the model, and its configuration for checkpoints. With ``scales`` nothing of it trains: it is done.
@@ -238,15 +240,13 @@ def prepare_autoencoder(
         found = checkpoints.open_checkpoint(found.path / "autoencoder", "autoencoder")
     model = load_autoencoder(found.path)
     for store in stores:
-        check_store(model, store)
+        check_store(model, store, fields)
     if scales is None:
         new = [
             (store, some) for store, some in zip(stores, trajectories, strict=True) if store.family not in model.scales
         ]
-        scales = measure_scales([store for store, _ in new], [some for _, some in new])
+        scales = measure_scales([store for store, _ in new], [some for _, some in new], fields)
     model.scales = {**scales, **model.scales}
-    for store in stores:
-        model.scale(store.family).check(store.grid)
     model.requires_grad_(settings.adapt == "full")
     return model, found.config
 

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentphys.autoencoders import Autoencoder, FamilyScale
+from latentphys.autoencoders import Autoencoder, FamilyScale, FieldScale
 from latentphys.data import Store, compute_statistics
+from latentphys.fields import FieldSpec
+from latentphys.grid import Grid
 from latentphys.routers import load_lazily
 from latentphys.routers.growth import grow
 from latentphys.training import lora
@@ -62,54 +64,86 @@ def new_autoencoder(
     stores: Sequence[Store],
     trajectories: Sequence[Sequence[int]] | None = None,
     scales: Mapping[str, FamilyScale] | None = None,
+    fields: Sequence[str] | None = None,
 ) -> Autoencoder:
     """An untrained autoencoder for some stores, scaled to their statistics.
 
     Args:
         trajectories: per store those that the scales are measured in. Default: all.
         scales: family → its scale. Default: measured, which reads the trajectories once.
+        fields: names of the fields that it takes, of each store those that are there. Default: all.
 
     Raises:
-        ValueError: a store without face fluxes of a velocity, fluxes that are at rest or not finite, a head whose
-            fluxes do not obey the velocity's constraint, or a grid that the compression does not divide.
+        ValueError: a store without such fields, or with one that no head is for, fields that are at rest or not finite,
+            or a grid that the compression does not divide.
     """
-    model: Autoencoder = build(config, scales={})
+    with torch.device("meta"):
+        plan: Autoencoder = build(
+            config, scales={s.family: unit_scale(s.grid, chosen_specs(s, fields)) for s in stores}
+        )
     for store in stores:
-        check_store(model, store)
-    model.scales.update(measure_scales(stores, trajectories) if scales is None else scales)
+        plan.latent_shape(store.grid)
+    model: Autoencoder = build(
+        config, scales=measure_scales(stores, trajectories, fields) if scales is None else scales
+    )
     return model
 
 
-def check_store(model: Autoencoder, store: Store) -> None:
-    """Refuse fields that an autoencoder cannot take; see `new_autoencoder`."""
-    if "velocity" not in store.specs:
-        raise ValueError(f"Expected a field 'velocity' in {store.path}, got {sorted(store.specs)}.")
-    wanted, head = store.specs["velocity"], model.head
-    if wanted.kind != "flux":
+def chosen_specs(store: Store, fields: Sequence[str] | None = None) -> dict[str, FieldSpec]:
+    """The fields of a store that a model takes, in the order of their channels.
+
+    Args:
+        fields: names, of which the store may lack some. Default: all that it has.
+
+    Raises:
+        ValueError: none of them there, latents, or velocities in cells that are to be solenoidal.
+    """
+    if fields is None:
+        chosen = dict(store.specs)
+    else:
+        chosen = {name: store.specs[name] for name in fields if name in store.specs}
+    if not chosen or "latent" in chosen:
+        wanted = "fields of a flow" if fields is None else f"fields among {list(fields)}"
+        raise ValueError(f"Expected {wanted} in {store.path}, got {sorted(store.specs)}.")
+    velocity = chosen.get("velocity")
+    if velocity is not None and velocity.kind != "flux":
         raise ValueError(
-            f"Expected face fluxes of the velocity in {store.path}, got a {wanted.kind} in cells; "
+            f"Expected face fluxes of the velocity in {store.path}, got a {velocity.kind} in cells; "
             "convert the store with latentphys.data.relayout."
         )
-    model.latent_shape(store.grid)
-    if wanted.constraint in ("solenoidal", "irrotational") and head.constraint != wanted.constraint:
-        raise ValueError(
-            f"Expected a head for the {wanted.constraint} velocity in {store.path}, got {type(head).__name__}, whose "
-            f"fluxes have the constraint {head.constraint!r}; choose another autoencoder/head."
-        )
+    return chosen
+
+
+def unit_scale(grid: Grid, specs: Mapping[str, FieldSpec]) -> FamilyScale:
+    """Fields whose statistics nobody has measured: no mean, fluctuations of size 1."""
+    profiles = {name: torch.zeros(1 if s.kind == "scalar" else 3, 1, 1, 1, device="cpu") for name, s in specs.items()}
+    return FamilyScale(*(FieldScale(grid, profiles[name].double(), 1.0, spec) for name, spec in specs.items()))
+
+
+def check_store(model: Autoencoder, store: Store, fields: Sequence[str] | None = None) -> None:
+    """Refuse a store that a trained autoencoder cannot take; see `Autoencoder.check`.
+
+    Args:
+        fields: see `new_autoencoder`; where the model does not know the family.
+    """
+    known = store.family in model.scales
+    model.check(store.family, store.grid, store.specs if known else chosen_specs(store, fields))
 
 
 def measure_scales(
-    stores: Sequence[Store], trajectories: Sequence[Sequence[int]] | None = None
+    stores: Sequence[Store],
+    trajectories: Sequence[Sequence[int]] | None = None,
+    fields: Sequence[str] | None = None,
 ) -> dict[str, FamilyScale]:
-    """The scale of each family, from some trajectories of its store."""
+    """The scale of each family, from some trajectories of its store; see `new_autoencoder`."""
     result = {}
     for n, store in enumerate(stores):
-        statistics = (
-            store.statistics()
-            if trajectories is None
-            else compute_statistics(store, trajectories[n], fields=["velocity"])
+        specs = chosen_specs(store, fields)
+        chosen = None if trajectories is None else trajectories[n]
+        statistics = compute_statistics(store, chosen, fields=list(specs))
+        result[store.family] = FamilyScale(
+            *(FieldScale.from_statistics(store.grid, statistics[name], spec) for name, spec in specs.items())
         )
-        result[store.family] = FamilyScale.from_statistics(store.grid, statistics["velocity"])
     return result
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from latentphys.autoencoders import Autoencoder
 from latentphys.data import Batch
 from latentphys.fields import State
 from latentphys.training.tasks import AutoencoderTask, DynamicsTask, Task
@@ -96,9 +97,9 @@ def _sample(task: Task, number: int) -> Sample:
     trajectory, start = int(batch.trajectories), int(batch.starts)
     if isinstance(task, AutoencoderTask):
         state = store[trajectory, start]
-        flux = _answer(task, task.autoencoder, batch)
+        packed = _answer(task, task.autoencoder, batch).fields
         label = f"{_said(store.family)}, trajectory {trajectory}, t = {state.time:.3g} s"
-        return Sample(state, _with(state, flux), None, label)
+        return Sample(state, _with(state, packed, task.autoencoder), None, label)
     if not isinstance(task, DynamicsTask):
         raise ValueError(f"Expected an autoencoder or a dynamics model to draw, got a {type(task).__name__}.")
     source = task.sources[batch.store]
@@ -108,10 +109,10 @@ def _sample(task: Task, number: int) -> Sample:
     autoencoder = task.autoencoder
     device = next(autoencoder.parameters()).device
     with torch.no_grad():
-        flux = autoencoder.decode(latent.float().to(device), after.geometry, source.family)
+        packed = autoencoder.decode(latent.float().to(device), after.geometry, source.family)
     interval = after.time - before.time
     label = f"{_said(store.family)}, trajectory {trajectory}, t = {after.time:.3g} s, one step of Δt = {interval:.3g} s"
-    return Sample(after, _with(after, flux), before, label)
+    return Sample(after, _with(after, packed, autoencoder), before, label)
 
 
 def _answer(task: Task, model: nn.Module, batch: Batch) -> Any:
@@ -140,8 +141,10 @@ def _undisturbed(task: Task) -> Iterator[None]:
             module.training = training
 
 
-def _with(state: State, flux: Tensor) -> State:
-    return State({"velocity": flux[0].double().cpu()}, state.place, state.time)
+def _with(state: State, packed: Tensor, autoencoder: Autoencoder) -> State:
+    assert state.family is not None
+    fields = autoencoder.scale(state.family).unpack(packed[0].double().cpu())
+    return State(fields, state.place, state.time)
 
 
 def _said(family: str) -> str:

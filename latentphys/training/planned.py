@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from latentphys.autoencoders import Autoencoder, FamilyScale
+from latentphys.autoencoders import Autoencoder
 from latentphys.data import Batch, Store, Windows, open_store
+from latentphys.fields import VELOCITY, FieldSpec
 from latentphys.grid import PERIODIC, Boundaries, Geometry, Grid
 from latentphys.routers import AuxiliaryLosses, TreeRouter
-from latentphys.training.models import build, new_dynamics
+from latentphys.training.models import build, chosen_specs, new_dynamics, unit_scale
 from latentphys.training.tasks import AutoencoderTask, DynamicsTask, Task
 from latentphys.transformer.conditioning import Conditioning
 
@@ -51,36 +52,43 @@ def plan(config: Mapping[str, Any], store: Store) -> Planned:
     """The task that a model would be trained on with a store: a dynamics model where it holds latents, else an
     autoencoder."""
     if "latent" not in store.specs:
-        return plan_autoencoder(config, store.grid.shape, store.grid.boundaries)
+        return plan_autoencoder(config, store.grid.shape, store.grid.boundaries, chosen_specs(store, config["fields"]))
     source = store.attributes.get("source")
     conditioning = Conditioning.fit([open_store(source)]) if source and Path(source).exists() else None
     channels = int(store.array("latent").shape[2])
     return plan_dynamics(config, store.grid.shape, channels, store.grid.boundaries, conditioning)
 
 
-def plan_autoencoder(config: Mapping[str, Any], shape: Sequence[int], boundaries: Boundaries = PERIODIC) -> Planned:
+def plan_autoencoder(
+    config: Mapping[str, Any],
+    shape: Sequence[int],
+    boundaries: Boundaries = PERIODIC,
+    specs: Mapping[str, FieldSpec] | None = None,
+) -> Planned:
     """An autoencoder to be trained on boxes of cells without solids.
 
     Args:
         config: the composed ``train.yaml``.
         shape: cells per axis.
+        specs: the fields. Default: an incompressible velocity.
 
     Raises:
         ValueError: a shape that the compression does not divide, or settings that the model refuses.
     """
     grid = _grid(shape, boundaries)
     with torch.device("meta"):
-        model: Autoencoder = build(config["autoencoder"], scales={})
+        scale = unit_scale(grid, specs or {VELOCITY.name: VELOCITY})
+        model: Autoencoder = build(config["autoencoder"], scales={FAMILY: scale})
         loss = build(config["loss"])
     latent_shape = model.latent_shape(grid)
-    scale = FamilyScale(grid, torch.zeros(3, 1, 1, 1, dtype=torch.float64), 1.0)
-    model.scales[FAMILY] = scale
     store = _Store(grid)
     with torch.no_grad():
         # What solvers keep for later is to be made of numbers.
-        model.head(torch.zeros(1, model.head.num_channels, *grid.shape), store.geometry(0), scale)
-    windows = _Windows(store, 1)
-    return Planned(AutoencoderTask(model, loss, windows, windows, {}), int(np.prod(latent_shape)), (1, 3, *grid.shape))
+        for field in scale.fields.values():
+            head = model.heads.head(field.spec)
+            head(torch.zeros(1, head.num_channels, *grid.shape), store.geometry(0), field)
+    windows, sample_shape = _Windows(store, 1), (1, scale.num_components, *grid.shape)
+    return Planned(AutoencoderTask(model, loss, windows, windows, {}), int(np.prod(latent_shape)), sample_shape)
 
 
 def plan_dynamics(

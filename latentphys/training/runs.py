@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentphys.autoencoders import fit_linear_code
 from latentphys.data import Store, Windows, open_store, split
+from latentphys.grid import Geometry
 from latentphys.rollout import num_intervals
 from latentphys.routers import AuxiliaryLosses, BiasBalance
 from latentphys.training.checkpoint import LAST, Checkpoint, open_checkpoint
 from latentphys.training.finetune import FineTuning, prepare, prepare_autoencoder, save_autoencoder
-from latentphys.training.models import build, checkpoint_scales, load_autoencoder, new_autoencoder, new_dynamics
+from latentphys.training.models import (
+    build,
+    check_store,
+    checkpoint_scales,
+    chosen_specs,
+    load_autoencoder,
+    new_autoencoder,
+    new_dynamics,
+)
 from latentphys.training.tasks import AutoencoderTask, DynamicsTask
 from latentphys.training.trainer import Trainer
 from latentphys.transformer.conditioning import Conditioning
@@ -31,30 +42,26 @@ def train_autoencoder(config: Config) -> Path:
     loss = build(config["loss"])
     torch.manual_seed(trainer.seed)
     train, test = _split(stores, config["held_out"])
-    windows = Windows(stores, "velocity", 1, trajectories=train, weights=config["weights"])
+    names = {store.family: list(chosen_specs(store, config["fields"])) for store in stores}
+    windows = Windows(stores, names, 1, trajectories=train, weights=config["weights"])
     windows.check_batch(trainer.batch_size)
     before, tuning, run = _checkpoint(config, "autoencoder"), _finetuning(config), Path(config["run"])
     scales = None if before is None else checkpoint_scales(before)
     if tuning is not None:
-        model, model_config = prepare_autoencoder(tuning, stores, train, scales)
+        model, model_config = prepare_autoencoder(tuning, stores, train, scales, config["fields"])
         if tuning.adapt == "scales":
             return save_autoencoder(run, model, model_config)
     else:
-        model, model_config = new_autoencoder(config["autoencoder"], stores, train, scales), config["autoencoder"]
+        model_config = config["autoencoder"]
+        model = new_autoencoder(model_config, stores, train, scales, config["fields"])
         if before is None:
-            model.fit_patches({s.family: (s.grid, _sample(s, chosen)) for s, chosen in zip(stores, train, strict=True)})
+            fit_linear_code(model, {s.family: _Sample(s, some, names) for s, some in zip(stores, train, strict=True)})
     for store in stores:
-        model.scale(store.family).check(store.grid)
+        check_store(model, store)
     if config["cache"]:
         windows.hold()
-    task = AutoencoderTask(
-        model,
-        loss,
-        windows,
-        Windows(stores, "velocity", 1, trajectories=test),
-        model_config,
-        config["loss_weights"],
-    )
+    test_windows = Windows(stores, names, 1, trajectories=test)
+    task = AutoencoderTask(model, loss, windows, test_windows, model_config, config["loss_weights"])
     return trainer.fit(task, run, {**config, "autoencoder": model_config}, config["resume"])
 
 
@@ -146,12 +153,22 @@ def _interval(store: Store, settings: Config) -> float:
     return interval
 
 
-def _sample(store: Store, trajectories: Sequence[int], most: int = 64) -> Tensor:
-    """Snapshots spread over some trajectories of a store, in FP32."""
-    per_trajectory = max(1, most // len(trajectories))
-    stride = max(1, store.num_times // per_trajectory)
-    chosen = trajectories[:: max(1, len(trajectories) // most)]
-    return torch.cat([store.read("velocity", i, slice(None, None, stride)).float() for i in chosen])
+@dataclass(frozen=True)
+class _Sample:
+    """Snapshots spread over some trajectories of a store, packed, in FP32, each with its box."""
+
+    store: Store
+    trajectories: Sequence[int]
+    names: Mapping[str, Sequence[str]]
+    most: int = 64
+
+    def __iter__(self) -> Iterator[tuple[Geometry, Tensor]]:
+        stride = max(1, self.store.num_times // max(1, self.most // len(self.trajectories)))
+        chosen = self.trajectories[:: max(1, len(self.trajectories) // self.most)]
+        windows = Windows([self.store], self.names, 1, trajectories=[chosen])
+        for i in chosen:
+            for time in range(0, self.store.num_times, stride):
+                yield self.store.geometry(i), windows.read(0, i, time)[0]
 
 
 def _open(paths: Sequence[str]) -> list[Store]:

@@ -113,7 +113,7 @@ class AutoencoderTask(Task):
 
     Args:
         autoencoder: the model.
-        loss: weighted losses on fluxes.
+        loss: weighted losses on fields and latents.
         config: the model's configuration, for its checkpoint.
         loss_weights: see `Task`.
     """
@@ -136,10 +136,10 @@ class AutoencoderTask(Task):
 
     def forward(self, batch: Batch) -> Output:
         store = self.stores()[batch.store]
-        flux = batch.values[:, 0]
+        packed = batch.values[:, 0]
         geometry = Geometry.stack([_geometry(store, int(i)) for i in batch.trajectories])
-        prediction = self.autoencoder(flux, geometry, store.family)
-        loss, parts = self.loss(prediction, flux, geometry, self.autoencoder.scale(store.family))
+        reconstruction = self.autoencoder(packed, geometry, store.family)
+        loss, parts = self.loss(reconstruction, packed, geometry, self.autoencoder.scale(store.family))
         figures = {f"{store.family}/{name}": value for name, value in parts.items()}
         return Output(self.loss_weights.get(store.family, 1.0) * loss, figures)
 
@@ -243,15 +243,18 @@ class DynamicsTask(Task):
         frames = list(batch.values[:, :k].unbind(1))
         if self.training and self.input_noise:
             frames = [f + self.input_noise * self.dynamics.increment_std * _noise(f) for f in frames]
-        errors, routings = [], []
+        errors, routings, box = [], [], None
+        if self.autoencoder.num_coarse:
+            box = Geometry.stack([_geometry(source, int(i)) for i in batch.trajectories])
         for n in range(window.length - k):
             condition = self._condition(source, batch, (k - 1 + n) * stride, stride).to(frames[0])
             step = self.dynamics(
                 torch.stack(frames[-k:], 1), condition, geometry.to(frames[0]), source.grid.periodic, family
             )
-            frames.append(step.latent)
+            latent = step.latent if box is None else self.autoencoder.admit(step.latent, box, family)
+            frames.append(latent)
             routings.append(step.routings)
-            errors.append(((step.latent - batch.values[:, k + n]) / self.dynamics.increment_std).square().mean())
+            errors.append(((latent - batch.values[:, k + n]) / self.dynamics.increment_std).square().mean())
         loss = torch.stack(errors).mean()
         figures = {f"{family}/latent_mse": loss.detach()}
         loss = self.loss_weights.get(family, 1.0) * loss
