@@ -198,7 +198,8 @@ class Autoencoder(nn.Module):
     def forward(self, packed: Float[Tensor, "b c nx ny nz"], geometry: Geometry, family: str) -> Reconstruction:
         """Decode of encode, with latent noise in training."""
         latent = self.encode(packed, geometry, family)
-        noisy, noise = self.bottleneck.disturb(latent)
+        noisy, noise = self.bottleneck.disturb(latent[:, self.num_coarse :])
+        noisy = torch.cat([latent[:, : self.num_coarse], noisy], dim=1)
         return Reconstruction(self.decode(noisy, geometry, family), latent, noise)
 
     def admit(self, latent: Float[Tensor, "b l x y z"], geometry: Geometry, family: str) -> Float[Tensor, "b l x y z"]:

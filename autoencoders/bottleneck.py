@@ -40,7 +40,7 @@ class Bottleneck(nn.Module):
     keeps it from vanishing, and the latents from outgrowing it.
 
     Args:
-        channels: of the latent; needed where noise is learned. Default: any.
+        channels: learnt channels of the latent; needed where noise is learned. Default: any.
         bound: B, the largest magnitude of a latent number. Default: 20; `math.inf` for none.
         noise: standard deviation, as a share of the RMS of each channel, or, learned, the one to start from. Good
             values: 0.01…0.05, learned 0.1. Default: none.

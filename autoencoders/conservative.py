@@ -95,8 +95,8 @@ class ConservativeAutoencoder(Autoencoder):
         self, latent: Float[Tensor, "b l x y z"], geometry: Geometry, family: str
     ) -> Float[Tensor, "b l x y z"]:
         field, latent = self.scale(family)[VELOCITY.name], latent.float()
-        profile = geometry.mask(field.profile.expand(3, *geometry.grid.shape)).reshape(-1, 3, *geometry.grid.shape)
-        mean = restrict_velocity(profile.to(latent), field, geometry, self.compression)
+        profile = geometry.mask(field.profile.to(latent).expand(len(latent), 3, *geometry.grid.shape))
+        mean = restrict_velocity(profile, field, geometry, self.compression)
         return torch.cat([latent[:, : self.num_coarse] - mean, latent[:, self.num_coarse :]], dim=1)
 
     def _finish(

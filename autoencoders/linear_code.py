@@ -31,7 +31,7 @@ RIDGE = 1e-4
 
 @torch.no_grad()
 def fit_linear_code(model: Autoencoder, snapshots: Snapshots) -> None:
-    """Set the linear paths of a model, each family with the same weight. Its latents get unit variance.
+    """Set the linear paths of a model, each family with the same weight. Free latents get unit variance.
 
     Args:
         model: whose networks say nothing beside their linear paths yet.

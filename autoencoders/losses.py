@@ -147,6 +147,7 @@ class LatentKL(LatentLoss):
         z, noise = reconstruction.latent, reconstruction.noise
         if noise is None:
             raise ValueError("Expected latents with noise, got none; give the bottleneck noise or leave this loss out.")
+        z = z[:, -len(noise) :]  # the learnt ones
         variance = noise.square()
         entropy = variance.clamp(min=torch.finfo(variance.dtype).tiny).log()
         return 0.5 * (z.square() + variance - 1 - entropy).mean()

@@ -16,7 +16,14 @@ from small import train
 from torch import Tensor
 
 from latentphys import operators
-from latentphys.autoencoders import ConservativeAutoencoder, FamilyScale, FieldScale, fit_linear_code
+from latentphys.autoencoders import (
+    Bottleneck,
+    ConservativeAutoencoder,
+    FamilyScale,
+    FieldScale,
+    LatentKL,
+    fit_linear_code,
+)
 from latentphys.autoencoders.coarse import coarse_flux, coarse_geometry, restrict_velocity, with_coarse
 from latentphys.data import Store, Windows, open_store
 from latentphys.families import OpenChannel, Porous, simulate
@@ -255,6 +262,24 @@ def test_gradients_reach_every_latent_channel(family: str) -> None:
     again = z.detach().clone().requires_grad_()
     model.admit(again, where, family)[:, :3].square().sum().backward()
     assert again.grad is not None and largest(again.grad[:, :3]) > 0 == largest(again.grad[:, 3:])
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_noise_in_training_leaves_the_coarse_flux_alone(learned: bool) -> None:
+    """It is a share of the RMS of what is learnt; the mean flow would make it large."""
+    bottleneck = Bottleneck(4, noise=0.5, learned=learned)
+    model = ConservativeAutoencoder(SCALES, 7, [8, 16], [1, 1], bottleneck=bottleneck).train()
+    where, packed = geometry("channel"), fields("channel")
+    for parameter in model.parameters():
+        if parameter is not bottleneck.log_deviation:
+            parameter.data = 0.3 * torch.randn(parameter.shape)
+    first, second = (model(packed, where, "channel") for _ in range(2))
+    assert off(first.fields, second.fields) > 1e-3 and first.noise is not None and len(first.noise) == 4
+    for made in (first, second):
+        assert off(summed(made.fields.double()), summed(packed)) < 1e-4
+    z, variance = first.latent[:, 3:], first.noise.square()
+    expected = 0.5 * (z.square() + variance - 1 - variance.log()).mean()
+    torch.testing.assert_close(LatentKL()(first), expected)
 
 
 def test_what_has_no_conservative_latents_is_refused() -> None:

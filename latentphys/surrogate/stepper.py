@@ -118,8 +118,13 @@ class Surrogate:
         current = self._require()
         if num_steps < 1:
             raise ValueError(f"Expected num_steps ≥ 1, got {num_steps}.")
-        given = state if isinstance(state, State) else current.state.with_fields(velocity=_tensor(state))
         stepper, latents, totals = current.stepper, current.latents, current.totals
+        if not isinstance(state, State) and "velocity" not in stepper.scale.fields:
+            raise ValueError(
+                f"Expected a State with the fields {list(stepper.scale.fields)} of family {stepper.family!r}, got a "
+                "bare flux."
+            )
+        given = state if isinstance(state, State) else current.state.with_fields(velocity=_tensor(state))
         if given.geometry is not stepper.geometry and not _same_geometry(given.geometry, stepper.geometry):
             raise ValueError("Expected the geometry given to init, got another one; call init again to change it.")
         if given.family != stepper.family:

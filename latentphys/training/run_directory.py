@@ -142,7 +142,8 @@ class RunDirectory:
             return {}
         changed = differences(before, about)
         kinds = {_kind(folder) for folder in checkpoint.steps(self.path)}
-        unfit = {name: pair for name, pair in changed.items() if name.split(".")[0] in kinds and "(none)" not in pair}
+        fixed = kinds | ({"fields"} if "autoencoder" in kinds else set())
+        unfit = {name: pair for name, pair in changed.items() if name.split(".")[0] in fixed and "(none)" not in pair}
         if unfit:
             raise ValueError(
                 f"Expected the model of the checkpoints in {self.path}, got another: {_listed(unfit)}; {_OTHER_RUN}."

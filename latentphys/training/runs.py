@@ -42,9 +42,9 @@ def train_autoencoder(config: Config) -> Path:
     loss = build(config["loss"])
     torch.manual_seed(trainer.seed)
     train, test = _split(stores, config["held_out"])
+    _check_fields(stores, config["fields"])
     names = {store.family: list(chosen_specs(store, config["fields"])) for store in stores}
-    windows = Windows(stores, names, 1, trajectories=train, weights=config["weights"])
-    windows.check_batch(trainer.batch_size)
+    Windows(stores, names, 1, trajectories=train, weights=config["weights"]).check_batch(trainer.batch_size)
     before, tuning, run = _checkpoint(config, "autoencoder"), _finetuning(config), Path(config["run"])
     scales = None if before is None else checkpoint_scales(before)
     if tuning is not None:
@@ -58,6 +58,8 @@ def train_autoencoder(config: Config) -> Path:
             fit_linear_code(model, {s.family: _Sample(s, some, names) for s, some in zip(stores, train, strict=True)})
     for store in stores:
         check_store(model, store)
+    names = {store.family: list(model.scale(store.family).fields) for store in stores}
+    windows = Windows(stores, names, 1, trajectories=train, weights=config["weights"])
     if config["cache"]:
         windows.hold()
     test_windows = Windows(stores, names, 1, trajectories=test)
@@ -138,6 +140,13 @@ def _check_families(stores: Sequence[Store]) -> None:
     for family in families:
         if families.count(family) > 1:
             raise ValueError(f"Expected one store per family, got {families.count(family)} of {family!r}.")
+
+
+def _check_fields(stores: Sequence[Store], fields: Sequence[str] | None) -> None:
+    """Refuse names of fields that no store has."""
+    known = sorted({name for store in stores for name in store.specs})
+    if fields is not None and (isinstance(fields, str) or not set(fields) <= set(known)):
+        raise ValueError(f"Expected fields=[…] of names among {known}, got {fields}.")
 
 
 def _interval(store: Store, settings: Config) -> float:
