@@ -84,6 +84,8 @@ class Autoencoder(nn.Module):
                 f"Expected latent_channels from {self.num_coarse + 1} to {most}, the numbers in a patch of "
                 f"{self.compression}³ cells, got {latent_channels}."
             )
+        for family, scale in scales.items():
+            self.check_specs(family, scale.specs)
         self.heads, self.bottleneck = heads or Heads(), bottleneck or Bottleneck()
         size = (widths, num_blocks, stem, basis, num_conditions(len(self.specs)))
         components = {name: _num_components(spec) for name, spec in self.specs.items()}
@@ -128,6 +130,7 @@ class Autoencoder(nn.Module):
         if family in self.scales:
             self.scale(family).check(grid)
         self.latent_shape(grid)
+        self.check_specs(family, specs)
         if family in self.scales:
             for name, wanted in self.scale(family).specs.items():
                 got = specs.get(name)
@@ -205,6 +208,9 @@ class Autoencoder(nn.Module):
     def admit(self, latent: Float[Tensor, "b l x y z"], geometry: Geometry, family: str) -> Float[Tensor, "b l x y z"]:
         """The nearest latent that is admissible: here every one is."""
         return latent
+
+    def check_specs(self, family: str, specs: Mapping[str, FieldSpec]) -> None:
+        """Refuse fields that this kind of latent is not for, with a ValueError; here it is for all."""
 
     def totals(
         self, packed: Float[Tensor, "b c nx ny nz"], geometry: Geometry, family: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -12,9 +12,9 @@ from torch import Tensor
 from latentphys import exact as fixed_point
 from latentphys.autoencoders.autoencoder import Autoencoder
 from latentphys.autoencoders.coarse import admit, coarse_flux, exact_coarse_flux, restrict_velocity, split, with_coarse
-from latentphys.autoencoders.normaliser import FamilyScale, FieldScale
+from latentphys.autoencoders.normaliser import FieldScale
 from latentphys.fields import VELOCITY, FieldSpec
-from latentphys.grid import Geometry, Grid
+from latentphys.grid import Geometry
 
 
 class ConservativeAutoencoder(Autoencoder):
@@ -35,21 +35,11 @@ class ConservativeAutoencoder(Autoencoder):
     num_coarse = 3
     latent_specs: ClassVar[Mapping[str, FieldSpec]] = {VELOCITY.name: VELOCITY}
 
-    def __init__(self, scales: Mapping[str, FamilyScale], *args: Any, **kwargs: Any) -> None:
-        for family, scale in scales.items():
-            self._check_velocity(family, scale.specs)
-        super().__init__(scales, *args, **kwargs)
+    def check_specs(self, family: str, specs: Mapping[str, FieldSpec]) -> None:
         if self.compression & (self.compression - 1):
             raise ValueError(
                 f"Expected a compression that is a power of two for conservative latents, got {self.compression}."
             )
-
-    def check(self, family: str, grid: Grid, specs: Mapping[str, FieldSpec]) -> None:
-        self._check_velocity(family, specs)
-        super().check(family, grid, specs)
-
-    @staticmethod
-    def _check_velocity(family: str, specs: Mapping[str, FieldSpec]) -> None:
         velocity = specs.get(VELOCITY.name)
         if velocity is None or velocity.constraint != "solenoidal":
             raise ValueError(
@@ -67,8 +57,10 @@ class ConservativeAutoencoder(Autoencoder):
 
     def admit(self, latent: Float[Tensor, "b l x y z"], geometry: Geometry, family: str) -> Float[Tensor, "b l x y z"]:
         """The nearest latent whose flux is solenoidal on the latent grid; differentiable."""
-        coarse = latent[:, : self.num_coarse].float()
-        admitted = admit(coarse, self.scale(family)[VELOCITY.name], geometry, self.compression)
+        coarse, tol = latent[:, : self.num_coarse].float(), self.heads.solenoidal.tol
+        field = self.scale(family)[VELOCITY.name]
+        # loosely for a gradient: nothing is then prepared for the geometries of a batch, which nobody meets again
+        admitted = admit(coarse, field, geometry, self.compression, tol if torch.is_grad_enabled() else None)
         return torch.cat([admitted, latent[:, self.num_coarse :].float()], dim=1)
 
     @torch.no_grad()

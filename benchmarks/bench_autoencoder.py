@@ -7,13 +7,14 @@ Both main families are simulated and one model is trained on both, as `latentphy
 trajectories are held out. What is already in ``--work`` is not simulated or trained again.
 
     helmholtz                   the default: orthogonal projection after the decoder
-    riesz, potential            other solenoidal heads (--heads)
+    conservative                the same with conservative latents
+    riesz, potential            other solenoidal heads (--models)
     unconstrained               the same network, steps and seed without any constraint; closed faces at zero
     unconstrained_projected     the same weights with `exact.conserve` after the fact
     spectral, pod, pca,         `compressors`, fitted per family, with as many numbers of 32 bits per snapshot as the
     wavelet, zfp                latent has; …_projected: with `exact.conserve` afterwards
-    helmholtz_8bit, zfp_8bit    latents rounded to 8 bits, and zfp in a quarter of the room: zfp stores what it keeps in
-                                as few bits as it can, which FP32 latents do not
+    …_8bit                      latents, modes and coefficients rounded to 8 bits, and zfp, which stores what it
+                                keeps in as few bits as it can, in a quarter of the room
 
 One line per family and model: errors as `reconstructions.Errors` defines them, of the FP64 decode; numbers stored per
 snapshot, and the compression of the 3 numbers per cell; shortest times to encode and decode one snapshot, for models
@@ -39,7 +40,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from compressors import Compressor, PatchPca, Pod, Spectral, Wavelet, Zfp
+from compressors import BITS, Compressor, PatchPca, Pod, Spectral, Wavelet, Zfp
 from machine import Results, parser, peak_memory, timed
 from reconstructions import Errors, Scale
 from rich.console import Console
@@ -60,12 +61,12 @@ from latentphys.info_experiment import describe_experiment
 from latentphys.training import load_autoencoder, train_autoencoder
 from latentphys.training.models import build, unit_scale
 
-HEAD = "autoencoder.heads.solenoidal._target_"
-HEADS = {
-    "helmholtz": "latentphys.autoencoders.ProjectionHead",
-    "riesz": "latentphys.autoencoders.RieszHead",
-    "potential": "latentphys.autoencoders.PotentialHead",
-    "unconstrained": "unconstrained.UnconstrainedHead",
+MODELS = {
+    "helmholtz": [],
+    "conservative": ["autoencoder/latent=conservative"],
+    "riesz": ["autoencoder/head=riesz"],
+    "potential": ["autoencoder/head=potential"],
+    "unconstrained": ["autoencoder.heads.solenoidal._target_=unconstrained.UnconstrainedHead"],
 }
 PUBLISHED = {"open_channel": 2.48e-6, "porous": 1.76e-6}
 COLUMNS = {
@@ -109,7 +110,7 @@ class Size:
 
 SIZES = {
     "tiny": Size(DEMO["tiny"].simulate, ["trainer.batch_size=2"], 4, 1, 64, (("tiny", 16),)),
-    "small": Size(DEMO["demo"].simulate, [], 480, 6, 512, (("tiny", 64), ("base", 64))),
+    "small": Size(DEMO["demo"].simulate, [], 400, 6, 512, (("tiny", 64), ("base", 64))),
     "large": Size(
         {family: ["size=base", "trajectories=24", "frames=24"] for family in FAMILIES},
         ["autoencoder=base", "trainer.test_every=1000", "trainer.checkpoint_every=1000"],
@@ -247,6 +248,8 @@ def methods(
         ("pca", lambda: PatchPca(fitted(), channels, patch)),
         ("wavelet", lambda: Wavelet(numbers)),
         ("zfp", lambda: Zfp(numbers)),
+        ("spectral_8bit", lambda: Spectral(store.grid, numbers // FINER, BITS // FINER)),
+        ("wavelet_8bit", lambda: Wavelet(numbers // FINER, bits=BITS // FINER)),
         ("zfp_8bit", lambda: Zfp(numbers // FINER)),
     ):
         classical = Classical(make(), scale)
@@ -320,9 +323,9 @@ def prepare(options: argparse.Namespace, size: Size, work: Path) -> tuple[dict[s
             raise ValueError(f"Expected the simulation of {family} to succeed, got an error; see above.")
         stores[family] = open_store(path)
     paths = ",".join(str(store.path) for store in stores.values())
-    for name in options.heads:
+    for name in options.models:
         run = work / f"{name}-{size.steps}-{'-'.join(stores)}{'-bf16' * options.bf16}"
-        overrides = [f"{HEAD}={HEADS[name]}", f"stores=[{paths}]", f"run={run}", f"held_out={HELD_OUT}"]
+        overrides = [*MODELS[name], f"stores=[{paths}]", f"run={run}", f"held_out={HELD_OUT}"]
         overrides += [f"trainer.num_steps={size.steps}", f"trainer.mixed_precision={'bf16' if options.bf16 else 'no'}"]
         train_autoencoder(compose("train", ["trainer=autoencoder", *size.autoencoder, *overrides]))
         models[name] = load_autoencoder(run)
@@ -377,7 +380,7 @@ def main() -> None:
     options = parser(str(__doc__).partition("\n")[0])
     options.add_argument("--size", choices=SIZES, default="small", help="(default %(default)s)")
     options.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
-    options.add_argument("--heads", nargs="+", choices=HEADS, default=["helmholtz", "unconstrained"])
+    options.add_argument("--models", nargs="+", choices=MODELS, default=["helmholtz", "conservative", "unconstrained"])
     options.add_argument("--steps", type=int, help="of training (default: the size's)")
     options.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast")
     options.add_argument("--memory", action="store_true", help="cost lines at 128³ cells too")

@@ -80,13 +80,15 @@ class Spectral(Compressor):
 
     Args:
         grid: the box.
+        bits: of each mode; see `rounded`. Default 32.
 
     Raises:
         ValueError: a box with open sides.
     """
 
-    def __init__(self, grid: Grid, num_numbers: int) -> None:
+    def __init__(self, grid: Grid, num_numbers: int, bits: int = BITS) -> None:
         super().__init__(num_numbers)
+        self.bits = bits
         if any(sum(grid.open_sides, ())):
             raise ValueError(f"Expected a box of walls and periodic sides, got {grid.boundaries}.")
         self.shape = (3, *grid.shape)
@@ -96,11 +98,11 @@ class Spectral(Compressor):
             for axis in range(3):
                 k = _wavenumbers(self.bases[component][axis], grid.shape[axis])
                 squares[component] += np.square(k).reshape([-1 if a == axis else 1 for a in range(3)])
-        self.kept = np.argsort(squares, axis=None, kind="stable")[:num_numbers]
+        self.kept = np.argsort(squares, axis=None, kind="stable")[: num_numbers * BITS // bits]
 
     def encode(self, u: np.ndarray) -> Code:
-        modes = self._transform(u, inverse=False).ravel()[self.kept].astype(np.float32)
-        return Code(modes, modes.size)
+        modes = rounded(self._transform(u, inverse=False).ravel()[self.kept], self.bits)
+        return Code(modes, modes.size * self.bits / BITS)
 
     def decode(self, code: Code) -> np.ndarray:
         modes = np.zeros(self.shape)
@@ -226,16 +228,17 @@ class PatchPca(Compressor):
 class Wavelet(Compressor):
     """Keeps the largest coefficients of a wavelet transform of each component, down to 4 cells per axis.
 
-    A kept coefficient costs its 32 bits and its share of the log₂ C(n, k) bits that say which k of n were kept, what an
+    A kept coefficient costs its bits and its share of the log₂ C(n, k) bits that say which k of n were kept, what an
     ideal coder of positions would need. Boxes are taken as periodic between walls too.
 
     Args:
         wavelet: of PyWavelets. Default: the best of eight for channels and porous media.
+        bits: of each coefficient; see `rounded`. Default 32.
     """
 
-    def __init__(self, num_numbers: int, wavelet: str = "bior6.8") -> None:
+    def __init__(self, num_numbers: int, wavelet: str = "bior6.8", bits: int = BITS) -> None:
         super().__init__(num_numbers)
-        self.wavelet = wavelet
+        self.wavelet, self.bits = wavelet, bits
 
     def encode(self, u: np.ndarray) -> Code:
         levels = max(1, int(math.log2(min(u.shape[1:]) / 4)))
@@ -244,10 +247,10 @@ class Wavelet(Compressor):
             warnings.filterwarnings("ignore", message="Level value", category=UserWarning)
             coefficients = pywt.wavedecn(u, self.wavelet, "periodization", levels, axes=(1, 2, 3))
         array, places = pywt.coeffs_to_array(coefficients, axes=(1, 2, 3))
-        k = largest_count(array.size, self.num_numbers)
+        k = largest_count(array.size, self.num_numbers, self.bits)
         kept = np.argpartition(np.abs(array), array.size - k, axis=None)[array.size - k :]
-        stored = kept, array.ravel()[kept].astype(np.float32), array.shape, places, u.shape
-        return Code(stored, k + position_bits(array.size, k) / BITS)
+        stored = kept, rounded(array.ravel()[kept], self.bits), array.shape, places, u.shape
+        return Code(stored, (self.bits * k + position_bits(array.size, k)) / BITS)
 
     def decode(self, code: Code) -> np.ndarray:
         kept, values, shape, places, original = code.stored
@@ -263,14 +266,22 @@ def position_bits(n: int, k: int) -> float:
     return (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)) / math.log(2)
 
 
-def largest_count(n: int, num_numbers: int) -> int:
-    """The most of n coefficients whose values and positions fit into some numbers of 32 bits."""
-    low, high = 0, min(n, num_numbers)
-    if BITS * high + position_bits(n, high) <= BITS * num_numbers:
+def rounded(values: np.ndarray, bits: int) -> np.ndarray:
+    """FP32 for 32 bits; for fewer, whole multiples of a step, the largest value the largest multiple they can count."""
+    if bits == BITS:
+        return values.astype(np.float32)
+    step = max(float(np.abs(values).max(initial=0.0)), np.finfo(np.float32).tiny) / (2 ** (bits - 1) - 1)
+    return np.rint(values / step) * step
+
+
+def largest_count(n: int, num_numbers: int, bits: int = BITS) -> int:
+    """The most of n coefficients whose values of some bits and positions fit into some numbers of 32 bits."""
+    low, high = 0, min(n, num_numbers * BITS // bits)
+    if bits * high + position_bits(n, high) <= BITS * num_numbers:
         return high
     while high - low > 1:
         middle = (low + high) // 2
-        fits = BITS * middle + position_bits(n, middle) <= BITS * num_numbers
+        fits = bits * middle + position_bits(n, middle) <= BITS * num_numbers
         low, high = (middle, high) if fits else (low, middle)
     return low
 

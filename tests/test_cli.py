@@ -9,14 +9,18 @@ from typing import Any
 import foreign
 import numpy as np
 import pytest
+import torch
 import zarr
-from small import Road, arguments, train
+from small import NUM_TRAJECTORIES, Road, arguments, train
 
+from latentphys import operators
 from latentphys.accounting import count, count_autoencoder
+from latentphys.autoencoders.tiles import decode_in_tiles
 from latentphys.cli import main
 from latentphys.data import open_store
 from latentphys.info import describe
-from latentphys.training import load_dynamics
+from latentphys.training import load_autoencoder, load_dynamics
+from latentphys.validators import measure_latents
 
 VERBS = ("simulate", "import", "export-data", "train", "encode", "rollout", "validate", "render", "info", "demo")
 TINY = ["size=tiny", "grid.shape=[8,8,8]", "frames=2", "family.spin_up=0.0"]
@@ -126,6 +130,41 @@ def test_validate_passes_ground_truth_and_fails_a_worthless_model(
         and (out / "report.html").is_file()
         and (out / "junit.xml").is_file()
     )
+
+
+def test_the_latents_of_a_checkpoint_are_measured_on_the_flows_of_a_rollout(
+    road: Road, rolled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    command = ["validate", str(rolled), "--reference", str(road.fields["porous"]), "--latents"]
+    assert main([*command, "--out", str(tmp_path)]) == 2
+    assert "Expected --checkpoint beside --latents" in capsys.readouterr().err
+    main([*command, "--checkpoint", str(road.dynamics), "--out", str(tmp_path), "--json"])
+    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+    expected = measure_latents(
+        load_autoencoder(road.autoencoder), open_store(road.fields["porous"]), [NUM_TRAJECTORIES - 1]
+    )
+    assert {f"latents/{name}": value for name, value in expected.items()} == {
+        name: check["value"] for name, check in checks.items() if name.startswith("latents/")
+    }
+    assert {check["verdict"] for name, check in checks.items() if name.startswith("latents/")} == {"info"}
+
+
+def test_tiles_change_how_a_rollout_is_worked_out_and_not_what_comes_out(
+    road: Road, rolled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiles: list[int] = []
+    monkeypatch.setattr(
+        "latentphys.autoencoders.autoencoder.decode_in_tiles",
+        lambda *args: (tiles.append(args[-1]), decode_in_tiles(*args))[1],
+    )
+    out = tmp_path / "tiles.zarr"
+    command = ["rollout", str(road.dynamics), str(road.fields["porous"]), str(out), "--steps=2", "--held-out=1"]
+    assert main([*command, "--tile", "2"]) == 0
+    assert tiles == [2, 2, 2]
+    whole, parts = (open_store(path).read("velocity", 0, slice(None)) for path in (rolled, out))
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-4 * float(whole.abs().max()))
+    assert float(operators.div(parts, open_store(out).grid).abs().max()) == 0.0
 
 
 def test_render(

@@ -210,6 +210,20 @@ def test_wavelets_and_zfp_use_up_their_budget(compressors: ModuleType, shape: tu
     assert zfp.num_numbers <= budget
 
 
+def test_eight_bits_are_four_times_as_many_numbers_each_off_by_half_a_step(compressors: ModuleType) -> None:
+    u = noise(box("periodic", (8, 8, 8)))
+    budget = u.size // 48
+    coarse, fine = (compressors.Spectral(box("periodic", (8, 8, 8)), budget, bits) for bits in (32, 8))
+    code, exact = fine.encode(u), coarse.encode(u)
+    assert code.num_numbers == exact.num_numbers == budget and code.stored.size == 4 * exact.stored.size
+    step = np.abs(code.stored).max() / 127
+    assert len(np.unique(np.rint(code.stored / step))) <= 255
+    assert 0 < np.abs(code.stored[: exact.stored.size] - exact.stored).max() <= step / 2 * (1 + 1e-6)
+    kept, values, *_ = compressors.Wavelet(budget, bits=8).encode(u).stored
+    bits = 8 * len(kept) + math.log2(math.comb(u.size, len(kept)))
+    assert budget - 1 < bits / 32 <= budget and len(kept) == len(values)
+
+
 @pytest.mark.parametrize("name", ["Wavelet", "Zfp"])
 def test_everything_is_kept_where_there_is_room(compressors: ModuleType, name: str) -> None:
     u = noise(box("periodic", (8, 8, 8)))
