@@ -43,9 +43,14 @@ class Encoder(nn.Module):
         basis: of the stem's patches, ``patch | haar``; see `Patches`.
         num_conditions: length of `Place.condition`.
 
+    Attributes:
+        deep: False for the linear path alone, which is all there is before training.
+
     Raises:
         ValueError: a stem without such a basis, or widths that do not fit together.
     """
+
+    deep: bool = True
 
     def __init__(
         self,
@@ -82,6 +87,8 @@ class Encoder(nn.Module):
             ValueError: no field, or one that the network does not know.
         """
         check_fields(fields, self.stems)
+        if not self.deep:
+            return self.code(fields, place)
         condition, x = self.embed(place.condition), self.begin(fields, place)
         for i in range(len(self.levels)):
             x = self.stage(i, x, place, condition)
@@ -104,10 +111,12 @@ class Encoder(nn.Module):
     def finish(self, x: Tensor, fields: Mapping[str, Tensor], place: Place) -> Tensor:
         """The latent: what the last level says, and the linear path."""
         with torch.autocast(x.device.type, enabled=False):
-            z = self.head(F.silu(self.norm(fp32(x))))
-            for name, u in fields.items():
-                z = z + self.linear[name](space_to_depth(fp32(u), self.patch), place.boundaries)
-        return z
+            return self.head(F.silu(self.norm(fp32(x)))) + self.code(fields, place)
+
+    def code(self, fields: Mapping[str, Tensor], place: Place) -> Tensor:
+        """What the linear path says."""
+        parts = [self.linear[n](space_to_depth(fp32(u), self.patch), place.boundaries) for n, u in fields.items()]
+        return sum(parts[1:], parts[0])
 
 
 def check_fields(names: Collection[str], known: nn.ModuleDict) -> None:

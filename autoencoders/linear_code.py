@@ -2,7 +2,7 @@
 
 The encoder's linear path says the principal components of each patch; the decoder's is the least-squares estimate of a
 patch from the latents of that patch and of its 26 neighbours, which know the flow across the patch's rim: where flows
-are smooth, it halves the error of the patches alone.
+are smooth, a third to a half of the error of the patches alone is gone.
 """
 
 from __future__ import annotations
@@ -41,7 +41,11 @@ def fit_linear_code(model: Autoencoder, snapshots: Snapshots) -> None:
         ValueError: fields that are not finite.
     """
     _fit_encoder(model, snapshots)
-    _fit_decoder(model, snapshots)
+    model.encoder.deep = False
+    try:
+        _fit_decoder(model, snapshots)
+    finally:
+        model.encoder.deep = True
 
 
 def _fit_encoder(model: Autoencoder, snapshots: Snapshots) -> None:
