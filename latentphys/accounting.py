@@ -78,7 +78,7 @@ class AutoencoderCost:
     Args:
         encode: the encoder.
         decode: the decoder up to its head.
-        head: the heads in the empty box, in FP32; voxels add iterations to the Helmholtz heads.
+        head: all else, which is the work of the heads, in the empty box, in FP32; voxels add iterations.
     """
 
     encode: int
@@ -137,12 +137,11 @@ def count_autoencoder(autoencoder: Autoencoder, family: str) -> AutoencoderCost:
     parts: dict[nn.Module, str] = {
         autoencoder.encoder: "encode",
         autoencoder.decoder: "decode",
-        **{head: "head" for head in autoencoder.heads.children()},
     }
     with _evaluation(autoencoder):
-        # Heads are worked out: what it may keep for later solves has to be true.
+        # Heads are worked out: what they may keep for later solves has to be true.
         flops = count_flops(lambda: autoencoder(packed, geometry, family), parts, ("encode", "decode"))
-    return AutoencoderCost(encode=flops["encode"], decode=flops["decode"], head=flops["head"])
+    return AutoencoderCost(encode=flops["encode"], decode=flops["decode"], head=flops["rest"])
 
 
 def _parts(transformer: LatentTransformer) -> dict[nn.Module, str]:
