@@ -150,11 +150,13 @@ def test_a_model_loaded_lazily_is_the_model(runs: dict[str, Path], name: str) ->
 
 def test_loading_never_holds_the_experts_of_a_layer(runs: dict[str, Path]) -> None:
     """Nothing is made in memory that is larger than one expert or the rest of the model, here or in a step."""
-    sizes = {key: t.numel() for key, t in load_dynamics(runs["tree"])[0].state_dict().items()}
+    whole, autoencoder = load_dynamics(runs["tree"])
+    sizes = {key: t.numel() for key, t in whole.state_dict().items()}
     rest = max(size for key, size in sizes.items() if ".feed_forward.experts." not in key)
     all_experts = 8 * 32 * 128
     assert all_experts in sizes.values() and max(rest, 32 * 128) < all_experts / 2
-    with Largest() as largest, torch.no_grad(), patch("latentphys.training.models.load_autoencoder"):
+    there = patch("latentphys.training.models.load_autoencoder", return_value=autoencoder)
+    with Largest() as largest, torch.no_grad(), there:
         dynamics = load_dynamics(runs["tree"], max_resident_experts=1)[0]
         dynamics(*inputs(dynamics))
     assert 32 * 128 <= largest.numel < all_experts
