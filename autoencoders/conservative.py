@@ -86,10 +86,10 @@ class ConservativeAutoencoder(Autoencoder):
     def decoder_input(
         self, latent: Float[Tensor, "b l x y z"], geometry: Geometry, family: str
     ) -> Float[Tensor, "b l x y z"]:
-        field, latent = self.scale(family)[VELOCITY.name], latent.float()
-        profile = geometry.mask(field.profile.to(latent).expand(len(latent), 3, *geometry.grid.shape))
+        field, coarse = self.scale(family)[VELOCITY.name], latent[:, : self.num_coarse].float()
+        profile = geometry.mask(field.profile.to(coarse).expand(len(latent), 3, *geometry.grid.shape))
         mean = restrict_velocity(profile, field, geometry, self.compression)
-        return torch.cat([latent[:, : self.num_coarse] - mean, latent[:, self.num_coarse :]], dim=1)
+        return torch.cat([coarse - mean, self.bottleneck.expand(latent[:, self.num_coarse :])], dim=1)
 
     def _finish(
         self, raw: Tensor, latent: Tensor, geometry: Geometry, field: FieldScale, exact: bool, total: Tensor | None

@@ -154,10 +154,12 @@ def test_tiles_change_how_a_rollout_is_worked_out_and_not_what_comes_out(
     road: Road, rolled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiles: list[int] = []
-    monkeypatch.setattr(
-        "latentphys.autoencoders.autoencoder.decode_in_tiles",
-        lambda *args: (tiles.append(args[-1]), decode_in_tiles(*args))[1],
-    )
+
+    def watched(*args: Any) -> Any:
+        tiles.append(args[-1])
+        return decode_in_tiles(*args)
+
+    monkeypatch.setattr("latentphys.autoencoders.autoencoder.decode_in_tiles", watched)
     out = tmp_path / "tiles.zarr"
     command = ["rollout", str(road.dynamics), str(road.fields["porous"]), str(out), "--steps=2", "--held-out=1"]
     assert main([*command, "--tile", "2"]) == 0
