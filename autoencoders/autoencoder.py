@@ -40,7 +40,7 @@ class Autoencoder(nn.Module):
         latent_channels: channels C of a latent.
         widths, num_blocks, stem, basis: see `Encoder`; ``stem · 2^(levels − 1)`` cells per axis become one latent cell.
         heads: what the constraint of each field is kept by. Default: `Heads()`.
-        bottleneck: what compands and disturbs latents. Default: `Bottleneck()`.
+        bottleneck: what bounds and disturbs latents. Default: `Bottleneck()`.
 
     Attributes:
         tile: cells per axis, at each resolution of the networks, that are worked out at a time in evaluation, so that
@@ -206,8 +206,8 @@ class Autoencoder(nn.Module):
         return Reconstruction(self.decode(noisy, geometry, family), latent, noise)
 
     def admit(self, latent: Float[Tensor, "b l x y z"], geometry: Geometry, family: str) -> Float[Tensor, "b l x y z"]:
-        """The nearest latent that is admissible: here every one is."""
-        return latent
+        """The nearest latent that an encoder could say: within the bound of the bottleneck."""
+        return self.bottleneck.admit(latent)
 
     def check_specs(self, family: str, specs: Mapping[str, FieldSpec]) -> None:
         """Refuse fields that this kind of latent is not for, with a ValueError; here it is for all."""
@@ -232,8 +232,8 @@ class Autoencoder(nn.Module):
     def decoder_input(
         self, latent: Float[Tensor, "b l x y z"], geometry: Geometry, family: str
     ) -> Float[Tensor, "b l x y z"]:
-        """A latent as the decoder sees it, in FP32: as the encoder said it, about the mean of the family."""
-        return self.bottleneck.expand(latent)
+        """A latent as the decoder sees it, in FP32: about the mean of the family."""
+        return latent.float()
 
     def channels_of(
         self, packed: Float[Tensor, "b c nx ny nz"], geometry: Geometry, family: str

@@ -1,4 +1,4 @@
-"""The bottleneck: large latents are companded, and noise says how finely they may be told apart."""
+"""The bottleneck: latents are bounded, and noise says how finely they may be told apart."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-KNEE = 2.0
-"""Up to about this size latents are what the network says; beyond, they grow with the logarithm of it."""
-
-LARGEST = 10.0
-"""Of a latent over the knee when it is expanded, so that every one has a finite decode: 2 · 10⁴ at the default knee."""
+SATURATION = 10.0
+"""Latents of unit variance are bounded by this; up to half of it they are what the network says. Flows in pores are
+intermittent: a bound of 5 doubles the error of a linear code there."""
 
 
 class Reconstruction(NamedTuple):
@@ -31,12 +29,7 @@ class Reconstruction(NamedTuple):
 
 
 class Bottleneck(nn.Module):
-    """Compands latents and, in training, disturbs them, so that near latents decode alike.
-
-    Flows are intermittent, those in pores most: linear codes of unit variance have values beyond ten. A bound that cuts
-    them off costs the reconstruction; left as they are, they cost whatever learns from the latents, whose errors are
-    those of the tail. So a latent is c asinh(z/c) of what the encoder says, z, and the decoder sees c sinh of it again:
-    nothing is lost, and the tail is short.
+    """Bounds latents and, in training, disturbs them, so that near latents decode alike.
 
     Noise is a share of each channel's RMS over the batch. The encoder cannot escape it: not in what the decoder sees,
     since a channel ten times as large gets ten times the noise, and not in the gradient either, which flows through
@@ -48,21 +41,21 @@ class Bottleneck(nn.Module):
 
     Args:
         channels: learnt channels of the latent; needed where noise is learned. Default: any.
-        knee: c, where latents stop to grow in proportion. Default: 2; `math.inf` for never.
+        bound: B, the largest magnitude of a latent number. Default: 10; `math.inf` for none.
         noise: standard deviation, as a share of the RMS of each channel, or, learned, the one to start from. Good
             values: 0.01…0.05, learned 0.1. Default: none.
         learned: whether the noise is learned.
 
     Raises:
-        ValueError: a knee or noise that is none, or learned noise without channels or a value to start from.
+        ValueError: a bound or noise that is none, or learned noise without channels or a value to start from.
     """
 
     def __init__(
-        self, channels: int | None = None, knee: float = KNEE, noise: float = 0.0, learned: bool = False
+        self, channels: int | None = None, bound: float = SATURATION, noise: float = 0.0, learned: bool = False
     ) -> None:
         super().__init__()
-        if not knee > 0:
-            raise ValueError(f"Expected a positive knee of the latents, got {knee}; math.inf is none.")
+        if not bound > 0:
+            raise ValueError(f"Expected a positive bound of the latents, got {bound}; math.inf is none.")
         if not 0 <= noise < math.inf:
             raise ValueError(f"Expected finite latent noise ≥ 0, got {noise}.")
         if learned and (not channels or not noise):
@@ -70,12 +63,12 @@ class Bottleneck(nn.Module):
                 "Expected the number of channels and a positive noise to start from where noise is learned, got "
                 f"channels = {channels} and noise = {noise}."
             )
-        self.channels, self.knee, self.noise = channels, float(knee), float(noise)
+        self.channels, self.bound, self.noise = channels, float(bound), float(noise)
         start = torch.full((channels or 0, 1, 1, 1), math.log(noise)) if learned else None
         self.log_deviation = None if start is None else nn.Parameter(start)
 
     def forward(self, z: Float[Tensor, "b l x y z"]) -> Float[Tensor, "b l x y z"]:
-        """c asinh(z/c), in FP32 whatever autocast made of z: the identity near zero, a logarithm beyond the knee c.
+        """z / (1 + (z/B)⁴)^(¼), the identity up to half of B and bounded by B, in FP32 whatever autocast made of z.
 
         Raises:
             ValueError: another number of channels than the bottleneck has.
@@ -83,12 +76,11 @@ class Bottleneck(nn.Module):
         if self.channels not in (None, z.shape[1]):
             raise ValueError(f"Expected latents of {self.channels} channels, got {z.shape[1]}.")
         z = z.float()
-        return z if math.isinf(self.knee) else self.knee * torch.asinh(z / self.knee)
+        return z * torch.rsqrt(torch.sqrt(1 + (z / self.bound).square().square()))
 
-    def expand(self, latent: Float[Tensor, "b l x y z"]) -> Float[Tensor, "b l x y z"]:
-        """What `forward` made a latent of, in FP32: c sinh of it; finite for any latent."""
-        latent = latent.float()
-        return latent if math.isinf(self.knee) else self.knee * (latent / self.knee).clamp(-LARGEST, LARGEST).sinh()
+    def admit(self, latent: Float[Tensor, "b l x y z"]) -> Float[Tensor, "b l x y z"]:
+        """The nearest latent within the bound: beyond it there are none that an encoder says."""
+        return latent.clamp(-self.bound, self.bound)
 
     def deviation(self, latent: Float[Tensor, "b l x y z"]) -> Float[Tensor, "l 1 1 1"]:
         """Standard deviation of the noise on each channel."""

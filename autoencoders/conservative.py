@@ -56,12 +56,12 @@ class ConservativeAutoencoder(Autoencoder):
         return torch.cat([coarse.float(), super().encode(packed, geometry, family)], dim=1)
 
     def admit(self, latent: Float[Tensor, "b l x y z"], geometry: Geometry, family: str) -> Float[Tensor, "b l x y z"]:
-        """The nearest latent whose flux is solenoidal on the latent grid; differentiable."""
+        """The nearest latent within the bound whose flux is solenoidal on the latent grid; differentiable."""
         coarse, tol = latent[:, : self.num_coarse].float(), self.heads.solenoidal.tol
         field = self.scale(family)[VELOCITY.name]
         # loosely for a gradient: nothing is then prepared for the geometries of a batch, which nobody meets again
         admitted = admit(coarse, field, geometry, self.compression, tol if torch.is_grad_enabled() else None)
-        return torch.cat([admitted, latent[:, self.num_coarse :].float()], dim=1)
+        return torch.cat([admitted, self.bottleneck.admit(latent[:, self.num_coarse :].float())], dim=1)
 
     @torch.no_grad()
     def latent_fields(
@@ -86,10 +86,10 @@ class ConservativeAutoencoder(Autoencoder):
     def decoder_input(
         self, latent: Float[Tensor, "b l x y z"], geometry: Geometry, family: str
     ) -> Float[Tensor, "b l x y z"]:
-        field, coarse = self.scale(family)[VELOCITY.name], latent[:, : self.num_coarse].float()
-        profile = geometry.mask(field.profile.to(coarse).expand(len(latent), 3, *geometry.grid.shape))
+        field, latent = self.scale(family)[VELOCITY.name], latent.float()
+        profile = geometry.mask(field.profile.to(latent).expand(len(latent), 3, *geometry.grid.shape))
         mean = restrict_velocity(profile, field, geometry, self.compression)
-        return torch.cat([coarse - mean, self.bottleneck.expand(latent[:, self.num_coarse :])], dim=1)
+        return torch.cat([latent[:, : self.num_coarse] - mean, latent[:, self.num_coarse :]], dim=1)
 
     def _finish(
         self, raw: Tensor, latent: Tensor, geometry: Geometry, field: FieldScale, exact: bool, total: Tensor | None
