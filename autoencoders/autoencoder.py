@@ -14,7 +14,7 @@ from latentphys.autoencoders.decoder import Decoder
 from latentphys.autoencoders.encoder import Encoder
 from latentphys.autoencoders.heads import Heads
 from latentphys.autoencoders.layers import extrude, flatten
-from latentphys.autoencoders.normaliser import FamilyScale, FieldScale
+from latentphys.autoencoders.normaliser import FamilyScale, FieldScale, num_components
 from latentphys.autoencoders.place import Place, describe, num_conditions
 from latentphys.autoencoders.scalar_heads import ConservedHead
 from latentphys.autoencoders.tiles import decode_in_tiles, encode_in_tiles
@@ -88,7 +88,7 @@ class Autoencoder(nn.Module):
             self.check_specs(family, scale.specs)
         self.heads, self.bottleneck = heads or Heads(), bottleneck or Bottleneck()
         size = (widths, num_blocks, stem, basis, num_conditions(len(self.specs)))
-        components = {name: _num_components(spec) for name, spec in self.specs.items()}
+        components = {name: num_components(spec) for name, spec in self.specs.items()}
         channels = {name: self.heads.head(spec).num_channels for name, spec in self.specs.items()}
         self.encoder = Encoder(components, latent_channels - self.num_coarse, *size)
         self.decoder = Decoder(channels, latent_channels, *size)
@@ -253,21 +253,14 @@ class Autoencoder(nn.Module):
 
     def _inputs(self, packed: Tensor, geometry: Geometry, scale: FamilyScale) -> dict[str, Tensor]:
         """Normalised fields by type, nothing in solids, axes of one cell a patch thick."""
-        result = {}
-        for (name, x), spec in zip(scale.split(packed).items(), scale.specs.values(), strict=True):
-            u = scale[name].normalise(x, geometry.grid)
-            there = geometry.open_faces if spec.kind == "flux" else geometry.fluid.unsqueeze(-4)
-            masked = u if geometry.is_empty and spec.kind != "flux" else torch.where(there.to(u.device), u, 0.0)
-            result[field_type(spec)] = extrude(masked, self.compression)
-        return result
+        return {
+            field_type(scale[name].spec): extrude(scale[name].fluctuations(x, geometry), self.compression)
+            for name, x in scale.split(packed).items()
+        }
 
     def _place(self, geometry: Geometry, scale: FamilyScale) -> Place:
         names = {field_type(spec) for spec in scale.specs.values()}
         return describe(geometry, [name in names for name in self.specs], self.compression)
-
-
-def _num_components(spec: FieldSpec) -> int:
-    return 1 if spec.kind == "scalar" else 3
 
 
 def _said(spec: FieldSpec) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -53,7 +52,6 @@ class Head(nn.Module, ABC):
     ) -> Float[Tensor, "b c nx ny nz"]:
         """Channels of which this head makes an admissible field, to what voxels and softness take of it.
 
-        Unless a head says otherwise they are the field as `FieldScale.normalise` has it, 0 where nothing is.
+        Unless a head says otherwise they are the field's `FieldScale.fluctuations`.
         """
-        there = geometry.open_faces if scale.spec.kind == "flux" else geometry.fluid.unsqueeze(-4)
-        return torch.where(there.to(field.device), scale.normalise(field, geometry.grid), 0.0)
+        return scale.fluctuations(field, geometry)

@@ -79,20 +79,20 @@ def _fit_decoder(model: Autoencoder, snapshots: Snapshots) -> None:
     normal = {name: torch.zeros(known, known, dtype=torch.float64) for name in layers}
     cross = {name: torch.zeros(known, _path(layers, name).out_channels, dtype=torch.float64) for name in layers}
     for family, some in snapshots.items():
-        sums: dict[str, tuple[Tensor, Tensor]] = {}
+        gram, by_field = torch.zeros(known, known, dtype=torch.float64), dict[str, Tensor]()
         number = 0
         for geometry, packed in some:
             x, grid = packed[None], geometry.grid
             z = model.decoder_input(model.encode(x, geometry, family), geometry, family).double()
             near = _neighbours(z, grid.boundaries)[0].flatten(1)
+            gram += near @ near.mT
             number += near.shape[1]
             for name, channels in model.channels_of(x.double(), geometry, family).items():
                 patches = space_to_depth(extrude(channels, patch), patch)[0].flatten(1)
-                a, b = sums.get(name, (0.0, 0.0))
-                sums[name] = a + near @ near.mT, b + near @ patches.mT
-        for name, (a, b) in sums.items():
-            normal[name] += a / number
-            cross[name] += b / number
+                by_field[name] = by_field.get(name, 0.0) + near @ patches.mT
+        for name, products in by_field.items():
+            normal[name] += gram / number
+            cross[name] += products / number
     for name, matrix in normal.items():
         matrix.diagonal().add_(RIDGE * matrix.diagonal().mean().clamp(min=1e-12))
         solution = torch.linalg.solve(matrix, cross[name])

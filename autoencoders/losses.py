@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from latentphys import operators
 from latentphys.autoencoders.bottleneck import Reconstruction
-from latentphys.autoencoders.normaliser import FamilyScale, FieldScale
+from latentphys.autoencoders.normaliser import FamilyScale, FieldScale, present
 from latentphys.grid import Geometry
 
 PER_SAMPLE = (-4, -3, -2, -1)
@@ -29,12 +29,6 @@ PER_SAMPLE = (-4, -3, -2, -1)
 def root(x: Tensor) -> Tensor:
     """The square root, with a gradient of zero instead of NaN at zero."""
     return torch.where(x > 0, x.clamp(min=torch.finfo(x.dtype).tiny).sqrt(), 0.0)
-
-
-def present(geometry: Geometry, field: FieldScale, like: Tensor) -> Bool[Tensor, "*#samples #c nx ny nz"]:
-    """Where a field has values: a flux on open faces, others in fluid cells; on the device of a tensor."""
-    where = geometry.open_faces if field.spec.kind == "flux" else geometry.fluid.unsqueeze(-4)
-    return where.to(like.device)
 
 
 def rms(error: Float[Tensor, "b c nx ny nz"], where: Bool[Tensor, "*#samples #c nx ny nz"]) -> Float[Tensor, " b"]:
@@ -82,7 +76,7 @@ class FieldLoss(FieldsLoss):
         error = prediction - target
         if field.spec.kind == "flux":
             error = operators.velocity(error, geometry.grid)
-        return rms(error / field.size, present(geometry, field, error))
+        return rms(error / field.size, present(geometry, field.spec, error.device))
 
 
 class CellVelocityLoss(FieldsLoss):

@@ -8,12 +8,23 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from latentphys import operators
 from latentphys.fields import VELOCITY, FieldSpec
-from latentphys.grid import Grid
+from latentphys.grid import Geometry, Grid
+
+
+def num_components(spec: FieldSpec) -> int:
+    """Numbers per place of a field in a box."""
+    return 1 if spec.kind == "scalar" else 3
+
+
+def present(geometry: Geometry, spec: FieldSpec, device: torch.device | str) -> Bool[Tensor, "*#samples #c nx ny nz"]:
+    """Where a field has values: a flux on open faces, others in fluid cells."""
+    where = geometry.open_faces if spec.kind == "flux" else geometry.fluid.unsqueeze(-4)
+    return where.to(device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +61,7 @@ class FieldScale:
 
     @property
     def num_components(self) -> int:
-        return 1 if self.spec.kind == "scalar" else 3
+        return num_components(self.spec)
 
     def check(self, grid: Grid) -> None:
         """Whether the model can be used on a grid.
@@ -71,6 +82,10 @@ class FieldScale:
         self.check(grid)
         x = x - self.profile.to(x)
         return (operators.velocity(x, grid) if self.spec.kind == "flux" else x) / self.size
+
+    def fluctuations(self, x: Float[Tensor, "b c nx ny nz"], geometry: Geometry) -> Float[Tensor, "b c nx ny nz"]:
+        """The same, 0 where the field has no values: through walls and in solids."""
+        return torch.where(present(geometry, self.spec, x.device), self.normalise(x, geometry.grid), 0.0)
 
     def denormalise(self, x: Float[Tensor, "*b c nx ny nz"], grid: Grid) -> Float[Tensor, "*b c nx ny nz"]:
         """The inverse of `normalise`."""

@@ -11,6 +11,8 @@ property of the place and positive everywhere.
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -34,7 +36,27 @@ TOTAL_BITS = 50
 """Σ|value| stays below 2⁵⁰ quanta: three bits for the shift, the rounding, and a total that was itself rounded."""
 
 
-class PlainHead(Head):
+class PointwiseHead(Head):
+    """A head of one formula, in FP32 and in FP64."""
+
+    @abstractmethod
+    def field(self, raw: Tensor, geometry: Geometry, scale: FieldScale) -> Tensor:
+        """The field in the dtype of its channels."""
+
+    def forward(
+        self, raw: Float[Tensor, "b c nx ny nz"], geometry: Geometry, scale: FieldScale
+    ) -> Float[Tensor, "b c nx ny nz"]:
+        with torch.autocast(raw.device.type, enabled=False):
+            return self.field(raw.float(), geometry, scale)
+
+    @torch.no_grad()
+    def exact(
+        self, raw: Float[Tensor, "b c nx ny nz"], geometry: Geometry, scale: FieldScale
+    ) -> Float[Tensor, "b c nx ny nz"]:
+        return self.field(raw.double(), geometry, scale)
+
+
+class PlainHead(PointwiseHead):
     """A scalar or vector in cells as the network says it; 0.0 in solids.
 
     Args:
@@ -47,17 +69,8 @@ class PlainHead(Head):
         super().__init__()
         self.num_channels = num_channels
 
-    def forward(
-        self, raw: Float[Tensor, "b c nx ny nz"], geometry: Geometry, scale: FieldScale
-    ) -> Float[Tensor, "b c nx ny nz"]:
-        with torch.autocast(raw.device.type, enabled=False):
-            return _in_fluid(raw.float(), geometry, scale)
-
-    @torch.no_grad()
-    def exact(
-        self, raw: Float[Tensor, "b c nx ny nz"], geometry: Geometry, scale: FieldScale
-    ) -> Float[Tensor, "b c nx ny nz"]:
-        return _in_fluid(raw.double(), geometry, scale)
+    def field(self, raw: Tensor, geometry: Geometry, scale: FieldScale) -> Tensor:
+        return _in_fluid(raw, geometry, scale)
 
 
 class ConservedHead(Head):
@@ -125,7 +138,7 @@ class ConservedHead(Head):
         return kept[:, None]
 
 
-class PositiveHead(Head):
+class PositiveHead(PointwiseHead):
     """A scalar above zero: ½ (y + √(y² + ε²)) of what the network says, y, with ε = `SOFTNESS` × the fluctuations.
 
     Where y ≫ ε it is y; where y ≪ −ε it is ε²/4|y|, above zero in FP32 and FP64 alike.
@@ -134,21 +147,8 @@ class PositiveHead(Head):
     num_channels = 1
     constraint: Constraint = "positive"
 
-    def forward(
-        self, raw: Float[Tensor, "b 1 nx ny nz"], geometry: Geometry, scale: FieldScale
-    ) -> Float[Tensor, "b 1 nx ny nz"]:
-        with torch.autocast(raw.device.type, enabled=False):
-            return self.positive(raw.float(), geometry.grid, scale)
-
-    @torch.no_grad()
-    def exact(
-        self, raw: Float[Tensor, "b 1 nx ny nz"], geometry: Geometry, scale: FieldScale
-    ) -> Float[Tensor, "b 1 nx ny nz"]:
-        return self.positive(raw.double(), geometry.grid, scale)
-
-    def positive(self, raw: Tensor, grid: Grid, scale: FieldScale) -> Tensor:
-        """The field in the dtype of its channels."""
-        y = (scale.denormalise(raw, grid) / scale.size).clamp(min=LOWEST)
+    def field(self, raw: Tensor, geometry: Geometry, scale: FieldScale) -> Tensor:
+        y = (scale.denormalise(raw, geometry.grid) / scale.size).clamp(min=LOWEST)
         root = torch.hypot(y, torch.full_like(y, SOFTNESS))
         # each side without cancellation, and finite on the other, where its gradient is multiplied by zero
         below = 0.5 * SOFTNESS**2 / (root - y.clamp(max=0.0))

@@ -49,7 +49,7 @@ class SpectrumLoss(FieldsLoss):
         grid = geometry.grid
         bands, num_modes = _bands(grid, len(self.weights))
         weights = [weight if n else 0.0 for weight, n in zip(self.weights, num_modes, strict=True)]
-        where, band = present(geometry, field, prediction), torch.from_numpy(bands).to(prediction.device)
+        where, band = present(geometry, field.spec, prediction.device), torch.from_numpy(bands).to(prediction.device)
         logs = []
         for x in (prediction, target):
             energy = _energy(torch.where(where, field.normalise(x, grid), 0.0), grid)

@@ -41,6 +41,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from compressors import BITS, Compressor, PatchPca, Pod, Spectral, Wavelet, Zfp
+from flows import simulate
 from machine import Results, parser, peak_memory, timed
 from reconstructions import Errors, Scale
 from rich.console import Console
@@ -50,9 +51,8 @@ from torch import Tensor
 
 from latentphys import exact
 from latentphys.autoencoders import Autoencoder
-from latentphys.cli import main as latentphys
 from latentphys.configuration import compose
-from latentphys.data import Store, open_store, split
+from latentphys.data import Store, split
 from latentphys.demo import FAMILIES, HELD_OUT
 from latentphys.demo import SIZES as DEMO
 from latentphys.fields import VELOCITY
@@ -315,13 +315,8 @@ def cost(preset: str, cells: int, device: str) -> dict[str, Any]:
 
 def prepare(options: argparse.Namespace, size: Size, work: Path) -> tuple[dict[str, Store], dict[str, Autoencoder]]:
     """Simulate and train what is not there yet."""
-    stores, models = {}, {}
-    for family in options.families:
-        path = work / f"{family}.zarr"
-        settings = [f"family={family}", *size.simulate[family], f"out={path}", f"device={options.device}"]
-        if not path.is_dir() and latentphys(["simulate", *settings]):
-            raise ValueError(f"Expected the simulation of {family} to succeed, got an error; see above.")
-        stores[family] = open_store(path)
+    stores = simulate(work, {family: size.simulate[family] for family in options.families}, options.device)
+    models = {}
     paths = ",".join(str(store.path) for store in stores.values())
     for name in options.models:
         run = work / f"{name}-{size.steps}-{'-'.join(stores)}{'-bf16' * options.bf16}"

@@ -107,9 +107,9 @@ def closed_flux(flux: Tensor, geometry: Geometry) -> float:
     return float(closed.abs().amax()) if closed.numel() else 0.0
 
 
-def random_autoencoder(grid: Grid, device: str) -> Autoencoder:
-    """An autoencoder of size `base` with random weights, the zeros it starts from included."""
-    config = compose("train", ["trainer=autoencoder", "autoencoder=base", "stores=[x]", "run=x"])
+def random_autoencoder(grid: Grid, device: str, preset: str = "base") -> Autoencoder:
+    """An autoencoder of a configured size with random weights, the zeros it starts from included."""
+    config = compose("train", ["trainer=autoencoder", f"autoencoder={preset}", "stores=[x]", "run=x"])
     scale = unit_scale(grid, {"velocity": VELOCITY})
     torch.manual_seed(0)
     model: Autoencoder = build(config["autoencoder"], scales={"any": scale})

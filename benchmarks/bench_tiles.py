@@ -15,36 +15,22 @@ from functools import partial
 from typing import Any
 
 import torch
+from bench_core import closed_flux, random_autoencoder
 from machine import Results, parser, peak_memory, timed
 
 from latentphys import operators
-from latentphys.autoencoders import Autoencoder
 from latentphys.autoencoders.autoencoder import field_type
 from latentphys.autoencoders.place import describe
 from latentphys.autoencoders.tiles import decode_in_tiles, encode_in_tiles
-from latentphys.configuration import compose
 from latentphys.families import OpenChannel
 from latentphys.fields import VELOCITY
 from latentphys.grid import Geometry
-from latentphys.training.models import build, unit_scale
-
-
-def random_autoencoder(geometry: Geometry, preset: str) -> Autoencoder:
-    """A model of a configured size with random weights, the zeros it starts from included."""
-    config = compose("train", ["trainer=autoencoder", f"autoencoder={preset}", "stores=[x]", "run=x"])
-    torch.manual_seed(0)
-    scales = {"channel": unit_scale(geometry.grid, {VELOCITY.name: VELOCITY})}
-    model: Autoencoder = build(config["autoencoder"], scales=scales)
-    for weights in model.parameters():
-        if not bool(weights.any()):
-            torch.nn.init.normal_(weights, std=0.05)
-    return model.eval()
 
 
 @torch.no_grad()
 def measure(size: int, preset: str, tile: int, device: str) -> dict[str, Any]:
     geometry = Geometry(OpenChannel().grid((size,) * 3))
-    model, name = random_autoencoder(geometry, preset).to(device), field_type(VELOCITY)
+    model, name = random_autoencoder(geometry.grid, device, preset), field_type(VELOCITY)
     flux = geometry.mask(torch.randn(1, 3, *geometry.grid.shape)).to(device)
     place, fields = describe(geometry, [True], model.compression).to(device), {name: flux}
     latent, encode_s = timed(partial(model.encoder, fields, place), device, 0)
@@ -57,10 +43,10 @@ def measure(size: int, preset: str, tile: int, device: str) -> dict[str, Any]:
     }
     del whole, tiles, in_tiles
     model.tile = tile
-    exact = model.decode(latent, geometry, "channel", exact=True)
+    exact = model.decode(latent, geometry, "any", exact=True)
     figures |= {
         "net_flux_max": float(operators.div(exact, geometry.grid).abs().amax()),
-        "closed_flux_max": float(torch.where(geometry.open_faces.to(device), 0.0, exact).abs().amax()),
+        "closed_flux_max": closed_flux(exact, geometry),
     }
     del exact
     return figures | {

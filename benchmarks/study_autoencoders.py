@@ -27,16 +27,18 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from flows import simulate
 from machine import Results, parser
 from reconstructions import Errors
 
 from latentphys.cli import main as latentphys
-from latentphys.data import Store, open_store, split
+from latentphys.data import open_store, split
 from latentphys.demo import FAMILIES, HELD_OUT
 from latentphys.demo import SIZES as DEMO
 from latentphys.info_run import read_log
 from latentphys.rollout import rollout_store
 from latentphys.training import load_autoencoder, load_dynamics
+from latentphys.training.checkpoint import write_json
 from latentphys.validators import validate
 from latentphys.validators.latents import measure_latents
 
@@ -106,7 +108,7 @@ def compressed(variant: str, overrides: list[str], steps: int, seed: int, work: 
                 errors.update(decoded, state.velocity, state.geometry)
         quality = measure_latents(model, store, chosen, num_probes=2)
         figures[family] = errors.figures() | {name: quality[name] for name in KEPT if name in quality}
-    _write(result, figures)
+    write_json(result, figures)
     return figures
 
 
@@ -134,14 +136,8 @@ def advanced(variant: str, steps: int, dynamics_steps: int, seed: int, work: Pat
         rollout_store(model, dynamics, store, path, num_steps=ROLLOUT, trajectories=chosen, overwrite=True)
         validation = validate(open_store(path), store)
         figures[family] = {name: validation[name].value for name in JUDGED}
-    _write(result, figures)
+    write_json(result, figures)
     return figures
-
-
-def _write(path: Path, figures: dict[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(figures) + "\n")
-    partial.replace(path)
 
 
 def at_equal_time(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -150,16 +146,6 @@ def at_equal_time(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, float
     return {
         name: [errors for seconds, errors in figures["curve"] if seconds <= end][-1] for name, figures in found.items()
     }
-
-
-def simulate(work: Path) -> dict[str, Store]:
-    work.mkdir(parents=True, exist_ok=True)
-    for family in FAMILIES:
-        path = work / f"{family}.zarr"
-        settings = [f"family={family}", *DEMO["demo"].simulate[family], f"out={path}"]
-        if not path.is_dir() and latentphys(["simulate", *settings]):
-            raise ValueError(f"Expected the simulation of {family} to succeed, got an error; see above.")
-    return {family: open_store(work / f"{family}.zarr") for family in FAMILIES}
 
 
 def main() -> None:
@@ -171,7 +157,8 @@ def main() -> None:
     arguments.add_argument("--seeds", type=int, default=1, help="per variant (default %(default)s)")
     options = arguments.parse_args()
     results = Results("study_autoencoders", options)
-    simulate(options.work)
+    options.work.mkdir(parents=True, exist_ok=True)
+    simulate(options.work, DEMO["demo"].simulate)
     variants = {name: settings for study in options.studies for name, settings in STUDIES[study].items()}
     seeds = range(options.seeds)
     with ProcessPoolExecutor(options.threads, mp_context=get_context("spawn")) as pool:

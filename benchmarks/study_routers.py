@@ -37,6 +37,7 @@ from latentphys.rollout import LatentStepper, rollout, rollout_store
 from latentphys.routers import telemetry
 from latentphys.routers.fingerprints import FingerprintClassifier, fingerprint
 from latentphys.training import load_dynamics
+from latentphys.training.checkpoint import write_json
 from latentphys.transformer.conditioning import store_parameters
 from latentphys.transformer.dynamics import Dynamics
 from latentphys.validators import validate
@@ -104,9 +105,7 @@ def measure(router: str, seed: int, steps: int, out: Path) -> dict[str, float]:
         figures |= {f"{family}_{name}": value for name, value in errors(path, store).items()}
         maps.append(torch.stack([open_store(path).read("routing", n, slice(1, None)) for n in range(len(chosen))]))
     figures |= knowledge(maps, dynamics.transformer.routers()[0].num_experts)
-    partial = result.with_name(f".{result.name}.partial")
-    partial.write_text(json.dumps(figures) + "\n")
-    partial.replace(result)
+    write_json(result, figures)
     return figures
 
 

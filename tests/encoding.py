@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from reference import box
 from small import MODEL
+from store_files import content
 
 from latentphys.configuration import compose
 from latentphys.data import Store, create_store, open_store
@@ -80,12 +80,3 @@ class Case:
         open_store(out).verify()
         assert content(out) == content(self.whole)
         assert not list(out.parent.glob(".*"))
-
-
-def content(path: Path) -> dict[str, Any]:
-    """Every file of a store; of the provenance only what does not say when and by which command."""
-    files: dict[str, Any] = {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file()}
-    group = json.loads(files["zarr.json"])
-    for name in ("time", "command"):
-        del group["attributes"]["provenance"][name]
-    return files | {"zarr.json": json.dumps(group)}

@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from encoding import BATCH, NUM_TIMES, NUM_TRAJECTORIES, SHARD, SHARD_BYTES, Case, content, make_autoencoder, make_store
+from encoding import BATCH, NUM_TIMES, NUM_TRAJECTORIES, SHARD, SHARD_BYTES, Case, make_autoencoder, make_store
 from ranks import run_ranks
 from reference import box
+from store_files import content
 from torch import Tensor
 
 from latentphys import workers

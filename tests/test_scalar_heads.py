@@ -235,7 +235,7 @@ def test_a_positive_field_learns_from_anything_moderately_said() -> None:
 
 def test_derivatives_of_a_positive_field() -> None:
     raw, where, scale = line(torch.linspace(-0.1, 0.1, 10).double(), 0.7, 0.02)
-    assert gradcheck(lambda x: PositiveHead().positive(x, where.grid, scale), raw.clone().requires_grad_(), eps=1e-7)
+    assert gradcheck(lambda x: PositiveHead().field(x, where, scale), raw.clone().requires_grad_(), eps=1e-7)
 
 
 def test_a_positive_field_goes_on_through_solids() -> None:

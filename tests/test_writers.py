@@ -1,6 +1,5 @@
 """Several writers, interruptions, full disks: the store is the one that a single undisturbed process writes."""
 
-import json
 import multiprocessing
 import os
 import pickle
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from store_files import content
 
 from latentphys.data import Part, StoreWriter, create_store, open_store, plan
 from latentphys.fields import VELOCITY, FieldSpec
@@ -62,15 +62,6 @@ def write(part: Part | StoreWriter, trajectory: int, start: int = 0, stop: int =
     for time in range(start, stop):
         for name in ORDER:
             part.write(name, trajectory, time, snapshot(name, trajectory, time))
-
-
-def content(path: Path) -> dict[str, Any]:
-    """Every file of a store; of the provenance only what does not say when and by whom."""
-    files: dict[str, Any] = {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file()}
-    group = json.loads(files["zarr.json"])
-    for name in ("time", "command"):
-        del group["attributes"]["provenance"][name]
-    return files | {"zarr.json": json.dumps(group)}
 
 
 def check(path: Path, reference: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from latentphys.autoencoders import Autoencoder, FamilyScale, FieldScale
+from latentphys.autoencoders.normaliser import num_components
 from latentphys.data import Store, compute_statistics
 from latentphys.fields import FieldSpec
 from latentphys.grid import Grid
@@ -116,7 +117,7 @@ def chosen_specs(store: Store, fields: Sequence[str] | None = None) -> dict[str,
 
 def unit_scale(grid: Grid, specs: Mapping[str, FieldSpec]) -> FamilyScale:
     """Fields whose statistics nobody has measured: no mean, fluctuations of size 1."""
-    profiles = {name: torch.zeros(1 if s.kind == "scalar" else 3, 1, 1, 1, device="cpu") for name, s in specs.items()}
+    profiles = {name: torch.zeros(num_components(spec), 1, 1, 1, device="cpu") for name, spec in specs.items()}
     return FamilyScale(*(FieldScale(grid, profiles[name].double(), 1.0, spec) for name, spec in specs.items()))
 
 
