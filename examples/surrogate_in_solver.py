@@ -11,8 +11,8 @@ first interval, the surrogate the next two, the solver the one after, and so on.
                construction, the solver's FP32 state after `exact.conserve`
     time       belongs to the loop: both are told the same force at the same times
     encoding   the surrogate encodes anew whatever it did not return itself; nobody has to tell it
-    trust      a surrogate's interval in which the kinetic energy changes by more than the factor `--band` is taken
-               back (`snapshot` before, `restore` after it), and the solver repeats it
+    trust      a surrogate's interval in which the kinetic energy changes by more than the factor `--band` rings its
+               `Alarm` and is taken back, and the solver repeats it, as the surrogate's `fallback`
 
 Printed for each interval: who stepped and how long it took, the largest |net flux| of a cell, the kinetic energy, and
 the VRMSE against the solver alone. The exit status is 1 if any net flux is not 0.0.
@@ -21,6 +21,7 @@ the VRMSE against the solver alone. The exit status is 1 if any net flux is not 
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from latentphys import Surrogate, exact, open_store, operators
 from latentphys.data import Store
 from latentphys.families import NavierStokes
 from latentphys.fields import State
+from latentphys.surrogate import Alarm
 from latentphys.validators import vrmse
 
 SURROGATE_TURNS = 2
@@ -83,24 +85,19 @@ def energy(state: State) -> float:
 
 
 def couple(
-    surrogate: Surrogate, solver: Solver, start: State, parameters: ParametersAt, num_intervals: int, band: float
+    surrogate: Surrogate, solver: Solver, start: State, parameters: ParametersAt, num_intervals: int
 ) -> Iterator[Turn]:
     """Solver and surrogate in turns, from a state of a family that the surrogate knows."""
     state = start
     surrogate.init(start)
     interval = surrogate.families[str(start.family)]
     for n in range(num_intervals):
-        begin, who, before = time.perf_counter(), "solver", energy(state)
+        begin, called = time.perf_counter(), surrogate.num_fallbacks
         if n % (1 + SURROGATE_TURNS):
-            token = surrogate.snapshot()
-            proposed = surrogate.step(state, parameters=parameters)
-            if before / band <= energy(proposed) <= before * band:
-                state, who = proposed, "surrogate"
-            else:
-                surrogate.restore(token)
-                who = "fallback"
-        if who != "surrogate":
-            state = solver.step(state, interval)
+            state = surrogate.step(state, parameters=parameters)
+            who = "surrogate" if surrogate.num_fallbacks == called else "fallback"
+        else:
+            state, who = solver.step(state, interval), "solver"
         yield Turn(who, state, time.perf_counter() - begin)
 
 
@@ -125,8 +122,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
 
-    surrogate, store = Surrogate.load(arguments.dynamics), open_store(arguments.store)
+    if not arguments.band >= 1:
+        parser.error(f"Expected a band ≥ 1, got {arguments.band}.")
+    store = open_store(arguments.store)
     start, parameters = store[arguments.trajectory, 0], parameters_of(store, arguments.trajectory)
+    solver, alarm = Solver(start, parameters), Alarm(store.family, {"energy_change": (0.0, math.log(arguments.band))})
+    surrogate = Surrogate.load(arguments.dynamics, alarm=alarm, fallback=solver.step)
     if store.family not in surrogate.families:
         parser.error(f"Expected a store of {sorted(surrogate.families)}, got one of {store.family!r}.")
     interval = surrogate.families[store.family]
@@ -134,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not 1 <= arguments.intervals <= most:
         parser.error(f"Expected 1 to {most} intervals (the store's force ends there), got {arguments.intervals}.")
 
-    coupled = couple(surrogate, Solver(start, parameters), start, parameters, arguments.intervals, band=arguments.band)
+    coupled = couple(surrogate, solver, start, parameters, arguments.intervals)
     truth = alone(Solver(start, parameters), start, interval, arguments.intervals)
     print(f"{'t [s]':>7}  {'who':<9}  {'step [s]':>8}  {'max|net| [m3/s]':>15}  {'energy [m2/s2]':>14}  {'VRMSE':>6}")
     largest, seconds, seconds_alone = 0.0, 0.0, 0.0

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from latentphys import cli_encode, cli_exchange, cli_training, cli_validate
+from latentphys import cli_compose, cli_encode, cli_exchange, cli_export, cli_training, cli_validate
 
 DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -208,6 +208,8 @@ def parser() -> argparse.ArgumentParser:
 
     cli_encode.add_verbs(verb)
 
+    cli_compose.add_verbs(verb)
+
     sub = verb(rollout, "advance flows in latent space and write the exactly conservative decodes to a store")
     sub.add_argument("checkpoint", help="a dynamics checkpoint or run directory")
     sub.add_argument("store", help="the store whose flows to start from")
@@ -244,7 +246,7 @@ def parser() -> argparse.ArgumentParser:
 
     sub = verb(
         info,
-        "say what a store, a checkpoint or a run holds, or what an experiment would need",
+        "say what a store, a checkpoint, a run or an artefact holds, or what an experiment would need",
         "examples:\n  latentphys info runs/dynamics\n"
         "  latentphys info experiment=shodh_moe dynamics=base processes=8 memory=80e9\n"
         "  latentphys info autoencoder autoencoder=base shape=[128,128,128] trainer.recompute=true",
@@ -253,10 +255,13 @@ def parser() -> argparse.ArgumentParser:
         "what",
         nargs="+",
         metavar="PATH | [MODEL] KEY=VALUE",
-        help="a store, a checkpoint or a run directory; or Hydra overrides as of `train`, of a dynamics model unless "
-        "MODEL says autoencoder, and processes, memory (bytes of each that must be enough), latent_shape, shape, mfu",
+        help="a store, a checkpoint, a run directory or an artefact; or Hydra overrides as of `train`, of a dynamics "
+        "model unless MODEL says autoencoder, and processes, memory (bytes of each that must be enough), latent_shape, "
+        "shape, mfu",
     )
     sub.add_argument("--json", action="store_true", help="print JSON")
+
+    cli_export.add_verbs(verb)
 
     sub = verb(demo, "the whole road, small: simulate, compress, advance, validate, render")
     sub.add_argument("--out", default="runs/demo", metavar="DIR", help="where everything goes (default %(default)s)")

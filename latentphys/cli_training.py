@@ -133,7 +133,7 @@ def add_verbs(verb: Add) -> None:
         nargs="*",
         metavar="KEY=VALUE",
         help="Hydra overrides: stores=[…], run=DIR, router=top1|topk|nested|tree|random|dense, "
-        "experiment=shodh_moe|moe_pot|nestor|mono|dense|random, dynamics=tiny|small|base, trainer.num_steps=…",
+        "experiment=shodh_moe|moe_pot|nestor|mono|dense|random|ccm, dynamics=tiny|small|base, trainer.num_steps=…",
     )
 
     sub = verb(sweep, "train every combination of some settings, one run each", SWEEP_EXAMPLES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     choices = [text for text in overrides if (folder / text.partition("=")[0].lstrip("+")).is_dir()]
     try:
         with initialize_config_dir(str(folder), version_base="1.3"):
-            config, default = hydra_compose(name, list(overrides)), hydra_compose(name, choices)
+            config, default = hydra_compose(name, list(overrides)), _default(name, tuple(choices))
         resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
-        _check_types(OmegaConf.to_container(default), resolved, "")
+        _check_types(default, resolved, "")
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(f"Expected options that {name}.yaml knows: {_one_line(error)}") from None
     assert isinstance(resolved, dict)
@@ -34,6 +35,15 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
         if value == "???":
             raise ValueError(f"Expected a value for {key!r}, got none; add {key}=… to the command.")
     return settings
+
+
+@cache
+def _default(name: str, choices: tuple[str, ...]) -> Any:
+    """The configuration as the package has it; to be called within Hydra."""
+    from hydra import compose as hydra_compose
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(hydra_compose(name, list(choices)))
 
 
 def _check_types(default: Any, value: Any, name: str) -> None:

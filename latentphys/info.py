@@ -23,7 +23,7 @@ from latentphys.transformer.dynamics import Dynamics
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """Name → value of what is worth knowing of a store, a checkpoint or a run directory.
+    """Name → value of what is worth knowing of a store, a checkpoint, a run directory or an artefact.
 
     Raises:
         ValueError: neither of these.
@@ -33,6 +33,10 @@ def describe(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"Expected a store, a checkpoint or a run directory, got {folder}, which does not exist.")
     if (folder / "zarr.json").is_file():
         return _store(folder)
+    if (folder / "artefact.json").is_file():
+        from latentphys.surrogate.export.info import describe as artefact
+
+        return artefact(folder)
     return _run(folder) if info_run.is_run(folder) else _checkpoint(folder)
 
 

@@ -34,8 +34,10 @@ class LatentStepper:
 
     Args:
         autoencoder, dynamics: the models, in evaluation mode.
-        geometry: the box and the solids of every flow.
+        geometry: the box and the solids of every flow, or a batch of solids, one for each.
         family: which kind of flow.
+
+    It computes where the autoencoder is; what it is given may be elsewhere.
 
     Raises:
         ValueError: a family or grid that the models do not know.
@@ -49,10 +51,28 @@ class LatentStepper:
         self.interval = dynamics.interval(family)
         self._features = latent_geometry(geometry, autoencoder.compression)
 
+    @property
+    def device(self) -> torch.device:
+        return self.dynamics.latent_mean.device
+
+    @property
+    def latent_mean(self) -> Float[Tensor, "c 1 1 1"]:
+        """Mean of each latent channel in training."""
+        return self.dynamics.latent_mean
+
+    @property
+    def latent_std(self) -> Float[Tensor, "c 1 1 1"]:
+        """Spread of each latent channel in training."""
+        return self.dynamics.latent_std
+
+    def check_parameters(self, parameters: Parameters) -> None:
+        """Refuse parameters of one flow that the model does not know or cannot take, with a ValueError."""
+        self.dynamics.conditioning.vector(parameters, parameters, self.interval)
+
     @torch.no_grad()
     def encode(self, packed: Float[Tensor, "b f nx ny nz"]) -> Float[Tensor, "b c x y z"]:
         """The latent of the packed fields of the family."""
-        return self.autoencoder.encode(packed, self.geometry, self.family)
+        return self.autoencoder.encode(packed.to(self.device), self.geometry, self.family)
 
     @torch.no_grad()
     def decode(
@@ -63,7 +83,8 @@ class LatentStepper:
         Args:
             totals: see `totals`. Default: what the latent says.
         """
-        return self.autoencoder.decode(latent, self.geometry, self.family, exact=True, totals=totals)
+        held = None if totals is None else {name: total.to(self.device) for name, total in totals.items()}
+        return self.autoencoder.decode(latent, self.geometry, self.family, exact=True, totals=held)
 
     def totals(self, packed: Float[Tensor, "b f nx ny nz"]) -> dict[str, Float[Tensor, " b"]]:
         """What conserved scalars amount to, by name: what every later state is to amount to as well."""

@@ -4,7 +4,10 @@
 shape then stops there, before it reaches the library's own message: a test of that message asks for `unchecked`.
 """
 
+import gc
 import os
+import shutil
+import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -19,11 +22,20 @@ import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from small import Road
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 settings.register_profile("latentphys", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("latentphys")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def lasting() -> None:
+    """What is there when a module of tests begins is there to stay, mostly torch: no search for garbage goes through it
+    again. Every training run ends with such a search."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +58,27 @@ def flat_road(tmp_path_factory: pytest.TempPathFactory) -> "Road":
     from small import FLAT, build_road
 
     return build_road(tmp_path_factory.mktemp("flat_road"), FLAT)
+
+
+@pytest.fixture(scope="session")
+def pt2_artefact(road: "Road", tmp_path_factory: pytest.TempPathFactory) -> "Path":
+    """The dynamics of the first porous flow of `road` as an AOTInductor package; read-only. Compiling takes a while."""
+    if shutil.which("g++") is None:
+        pytest.skip("a .pt2 needs a C++ compiler, and there is no g++ here")
+    from latentphys.surrogate.export import export
+    from latentphys.surrogate.models import Models
+
+    store, out = road.store("porous"), tmp_path_factory.mktemp("pt2") / "porous.artefact"
+    units = store.attributes["parameter_units"]
+    return export(Models.load(road.dynamics), [store[0, 0]], out, to="pt2", units=units)
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C interrupts. A shell starts what it runs in the background deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -5,7 +5,9 @@ dynamics model. What it learns is worthless; what it does to a flow must hold fo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +75,15 @@ def arguments(kind: str, stores: Sequence[Path], run: Path, *overrides: str) -> 
 
 
 def configuration(kind: str, stores: Sequence[Path], run: Path, *overrides: str) -> dict[str, Any]:
-    return compose("train", [f"trainer={kind}", *arguments(kind, stores, run, *overrides)[1:]])
+    _, no_stores, unused, *settings = arguments(kind, [], Path("unused"), *overrides)
+    composed = _composed(f"trainer={kind}", no_stores, unused, *settings)
+    return deepcopy(composed) | {"stores": [str(path) for path in stores], "run": str(run)}
+
+
+@cache
+def _composed(*overrides: str) -> dict[str, Any]:
+    """Composing takes as long as some steps of training."""
+    return compose("train", list(overrides))
 
 
 def train(kind: str, stores: Sequence[Path], run: Path, *overrides: str) -> Path:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from ranks import run_forked
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -81,9 +82,9 @@ def figures(model: Routers, loss: Tensor, steps: list[list[Routing]]) -> dict[st
     return {"loss": loss.detach()[None], **gradients, **{f"bias_{n}": b for n, b in enumerate(biases(steps))}}
 
 
-def on_rank(rank: int, folder: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
-    calls, reduce = [], dist.all_reduce
+def on_rank(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    rank, calls, reduce = dist.get_rank(), [], dist.all_reduce
     dist.all_reduce = lambda *given: calls.append(len(given[0])) or reduce(*given)  # type: ignore[func-returns-value]
     for make in MODELS:
         model = nn.parallel.DistributedDataParallel(make(), broadcast_buffers=False)
@@ -100,7 +101,7 @@ def on_rank(rank: int, folder: Path) -> None:
 
 def test_two_ranks_are_one_process_with_the_whole_batch(tmp_path: Path) -> None:
     """Unequal numbers of tokens on other experts: loss, gradient under DDP's mean, and bias, with two all-reduces."""
-    torch.multiprocessing.spawn(on_rank, args=(tmp_path,), nprocs=2)
+    run_forked(on_rank, tmp_path, tmp_path, world=2)
     for make in MODELS:
         model = make()
         loss, steps = model(batch())

@@ -22,7 +22,20 @@ from latentphys.info import describe
 from latentphys.training import load_autoencoder, load_dynamics
 from latentphys.validators import measure_latents
 
-VERBS = ("simulate", "import", "export-data", "train", "encode", "rollout", "validate", "render", "info", "demo")
+VERBS = (
+    "simulate",
+    "import",
+    "export-data",
+    "train",
+    "encode",
+    "compose",
+    "rollout",
+    "validate",
+    "render",
+    "info",
+    "export",
+    "demo",
+)
 TINY = ["size=tiny", "grid.shape=[8,8,8]", "frames=2", "family.spin_up=0.0"]
 Refusal = Callable[..., str]
 

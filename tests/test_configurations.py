@@ -79,8 +79,11 @@ def test_experiments_train(request: pytest.FixtureRequest, tmp_path: Path, name:
     """All from one trainer, on latents of boxes of three dimensions and of two."""
     road: Road = request.getfixturevalue(kind)
     settings = [f"experiment={name}", "trainer.num_steps=2", "dynamics_training.unroll=2"]
+    if name == "ccm":  # what goes on from an anchor
+        settings.append(f"finetune.checkpoint={road.dynamics}")
     dynamics, _ = load_dynamics(train("dynamics", road.inputs("dynamics"), tmp_path / "run", *settings))
     routers = {
+        "ccm": ("SemanticTop1", 4),
         "dense": ("DenseRouter", 1),
         "mono": ("TreeRouter", 4),
         "moe_pot": ("TopK", 16),
@@ -90,7 +93,7 @@ def test_experiments_train(request: pytest.FixtureRequest, tmp_path: Path, name:
     }
     router = dynamics.transformer.routers()[0]
     assert (type(router).__name__, router.num_experts) == routers[name]
-    assert bool(router.bias_E.any()) == (name == "shodh_moe")
+    assert bool(router.bias_E.any()) == (name in ("shodh_moe", "ccm"))
 
 
 @pytest.mark.parametrize(

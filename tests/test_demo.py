@@ -10,11 +10,13 @@ import pytest
 from latentphys import demo, views
 from latentphys.cli import main
 from latentphys.data import open_store
+from latentphys.views import scene
 
 
 def test_the_whole_road(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Four steps of training make a worthless model, but its flows conserve mass exactly all the same."""
     monkeypatch.setattr(views, "render", partial(views.render, movie=False))
+    monkeypatch.setattr(scene, "DPI", 60)
     out = tmp_path / "demo"
     out.mkdir()
     (out / "demo.txt").touch()

@@ -225,6 +225,7 @@ def test_nothing_is_left_where_there_is_nothing_to_go_on_from(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_has_status_130_and_the_same_command_goes_on(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

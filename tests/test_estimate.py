@@ -307,17 +307,23 @@ def test_autoencoders_are_described_on_the_boxes_that_they_are_for() -> None:
     assert list(found["memory under each strategy"]) == ["ddp"]
 
 
-def test_a_run_that_does_not_fit_is_refused_with_what_would() -> None:
-    overrides = [*WIDE, "trainer.batch_size=8"]
-    total = describe_experiment("dynamics", overrides)["memory of a process at its fullest"]["total"]
-    assert describe_experiment("dynamics", [*overrides, f"memory={int(total)}"])
+def test_a_run_that_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides, advice = [*WIDE, "dynamics.depth=1", "trainer.batch_size=8"], dict[str, int]()
+
+    def noted(*given: Any) -> dict[str, int]:
+        advice.update(remedies(*given))
+        return advice
+
+    monkeypatch.setattr(info_experiment, "remedies", noted)
+    total = estimate(dynamics(*overrides, shape=(8, 8, 8)), Settings(8)).memory().total
+    found = describe_experiment("dynamics", [*overrides, f"memory={total}"])
+    assert found["memory of a process at its fullest"]["total"] == total and not advice
     with pytest.raises(
         ValueError, match=r"Expected at most .* GB for each process, got a need of .* GB \(weights"
     ) as e:
-        describe_experiment("dynamics", [*overrides, f"memory={int(total) - 1}"])
-    advice = remedies(dynamics(*overrides), Settings(8))
+        describe_experiment("dynamics", [*overrides, f"memory={total - 1}"])
     assert list(advice) == ["trainer.accumulate=8", "trainer.recompute=true", "both of these"]
-    assert all(change in str(e.value) for change in advice)
+    assert all(f"{change} needs {size / 1e9:.3g} GB" in str(e.value) for change, size in advice.items())
     assert advice["both of these"] < min(advice["trainer.accumulate=8"], advice["trainer.recompute=true"]) < total
     several = remedies(dynamics(*overrides), Settings(8, num_processes=2, recompute=True))
     assert list(several) == ["trainer.accumulate=4", "trainer.strategy=fsdp on 2 processes"]

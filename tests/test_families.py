@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ranks import FORK
 
-from latentphys import operators
+from latentphys import operators, workers
 from latentphys.data import open_store
 from latentphys.data.lock import FileLock
 from latentphys.families import Family, Fields, NavierStokes, OpenChannel, Porous, simulate
@@ -118,6 +119,13 @@ def test_a_data_set_is_exact_reproducible_and_says_where_it_comes_from(family: F
         made("a", 2)
 
 
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that are there sooner than those that users get, which are spawned."""
+    monkeypatch.setattr(workers.multiprocessing, "get_context", lambda _: FORK)
+
+
+@pytest.mark.usefixtures("forked")
 def test_a_data_set_does_not_depend_on_who_made_it(tmp_path: Path) -> None:
     """Two processes write what one does, bit for bit."""
     settings: dict[str, Any] = {"shape": (6, 6, 6), "num_trajectories": 3, "num_frames": 3, "batch_size": 1}
@@ -138,6 +146,7 @@ class Unlucky(Porous):
         raise FloatingPointError("Expected a finite flow, got none.")
 
 
+@pytest.mark.usefixtures("forked")
 def test_what_fails_in_a_worker_is_said_and_leaves_nothing(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"shape": (6, 6, 6), "num_trajectories": 2, "num_frames": 3, "batch_size": 1}
     with pytest.raises(FloatingPointError, match="Expected a finite flow, got none"):

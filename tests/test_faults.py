@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from ranks import latentphys, started, wait
 from safetensors.torch import load_file
 from small import Road, arguments, assert_bit_equal, spoil, train
 
@@ -207,6 +208,7 @@ def test_two_processes_stop_together_when_one_is_asked_to(road: Road, tmp_path: 
         ranks(process)[1].send_signal(signal.SIGUSR1)
         _, errors = process.communicate(timeout=120)
     assert process.returncode != 0 and "SIGUSR1: the run is saved at step" in errors
+    assert json.loads((run / "environment.json").read_text())["starts"][-1]["processes"] == 2
     assert status(run)["state"] == "preempted"
     assert open_checkpoint(run).step == status(run)["step"] > 0
 
@@ -249,12 +251,13 @@ def test_two_runs_in_one_directory_are_one_too_many(
     run, refused = tmp_path / "run", []
 
     def second(_: Loop) -> None:
-        line = [sys.executable, "-m", "latentphys", "train", *arguments("dynamics", road.inputs("dynamics"), run)]
-        refused.append(subprocess.run(line, capture_output=True, text=True, timeout=120))
+        line = ["train", *arguments("dynamics", road.inputs("dynamics"), run)]
+        with started(latentphys, tmp_path, line) as processes:
+            refused.extend(wait(processes))
 
     at_step(monkeypatch, 3, second)
     train("dynamics", road.inputs("dynamics"), run)
-    assert refused[0].returncode == 2 and "Expected nobody else to write to" in refused[0].stderr
+    assert refused == [2] and "Expected nobody else to write to" in (tmp_path / "said0.err").read_text()
     assert_bit_equal(run, road.dynamics)
 
 

@@ -1,8 +1,5 @@
 """Low-rank updates: nothing at the start, the only thing that trains, and plain weights of the same bits in the end."""
 
-import multiprocessing
-import os
-import socket
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_forked
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -59,7 +57,7 @@ def run(model: LatentTransformer, given: list[Tensor]) -> Tensor:
 
 def new_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1, eps=1e-4, foreach=True)
+    return torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1, eps=1e-4, fused=True)
 
 
 def train(
@@ -190,10 +188,10 @@ def test_ranks_that_save_nothing_are_refused() -> None:
         lora.add(nn.Linear(8, 8), 2)
 
 
-def work(rank: int, port: int, folder: Path) -> None:
+def work(folder: Path) -> None:
     """What each of two processes does with a sharded model."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     for way, make in SHARDED.items():
         model = make()
         shard(model)
@@ -208,16 +206,7 @@ def work(rank: int, port: int, folder: Path) -> None:
 
 
 def test_two_processes_that_share_the_model_train_it_as_one(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=work, args=(rank, port, tmp_path)) for rank in range(RANKS)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=120)
-        assert process.exitcode == 0
+    run_forked(work, tmp_path, tmp_path, world=RANKS)
     assert sorted(path.name for path in tmp_path.glob("rank*")) == ["rank0.safetensors", "rank1.safetensors"]
     for way, make in SHARDED.items():
         model = make()

@@ -19,8 +19,15 @@ from latentphys.training.meter import Meter
 from latentphys.training.models import build
 from latentphys.training.planned import plan
 from latentphys.training.tasks import Task
+from latentphys.views import scene
 
 KINDS = ("autoencoder", "dynamics")
+
+
+@pytest.fixture(autouse=True)
+def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small pictures, which are quicker to write."""
+    monkeypatch.setattr(scene, "DPI", 60)
 
 
 def lines(run: Path) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from latentphys import operators
 from latentphys.autoencoders import Autoencoder, FieldScale
 from latentphys.data import Store, compute_statistics, create_store, open_store
 from latentphys.rollout import rollout_store
-from latentphys.surrogate import Surrogate
+from latentphys.surrogate import Models, Surrogate
 from latentphys.training import encode_store, load_autoencoder, load_dynamics
 from latentphys.training.checkpoint import open_checkpoint
 from latentphys.transformer.dynamics import Dynamics
@@ -105,13 +105,13 @@ def test_a_rollout_starts_from_the_latents_that_were_encoded(plain: Chain) -> No
     decoded = plain.autoencoder.decode(latent, plain.store.geometry(0), plain.store.family, exact=True)
     first = plain.rollout.read("velocity", 0, 0)
     torch.testing.assert_close(decoded[0], first, rtol=0.0, atol=1e-5 * float(first.abs().amax()))  # another batch
-    assert torch.equal(Surrogate(plain.dynamics, plain.autoencoder).init(plain.store[0, 0]).velocity, first)
+    assert torch.equal(Surrogate(Models(plain.dynamics, plain.autoencoder)).init(plain.store[0, 0]).velocity, first)
 
 
 def test_other_units_scale_a_surrogate(plain: Chain, eightfold: Chain) -> None:
     ends = []
     for one in (plain, eightfold):
-        surrogate = Surrogate(one.dynamics, one.autoencoder)
+        surrogate = Surrogate(Models(one.dynamics, one.autoencoder))
         ends.append(surrogate.step(surrogate.init(one.store[1, 0]), num_steps=2).velocity)
     assert torch.equal(8 * ends[0], ends[1])
 

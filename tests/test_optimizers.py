@@ -4,6 +4,7 @@ import io
 import math
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,7 @@ from torch import Tensor, nn
 from latentphys.routers import Experts
 from latentphys.training.optimizers import OPTIMIZERS, new_optimizer
 
-needs_soap = pytest.mark.skipif(
-    subprocess.run([sys.executable, "-c", "import pytorch_optimizer"], capture_output=True, timeout=120).returncode
-    != 0,
-    reason="without pytorch-optimizer",
-)
+needs_soap = pytest.mark.skipif(find_spec("pytorch_optimizer") is None, reason="without pytorch-optimizer")
 EACH = [pytest.param(name, marks=needs_soap if name == "soap" else []) for name in OPTIMIZERS]
 
 

@@ -40,7 +40,7 @@ def names(wheel: Path) -> set[str]:
 @pytest.mark.parametrize("folder", ["", *LINKED])
 def test_wheel_holds_every_module_and_data_file(names: set[str], folder: str) -> None:
     root = ROOT / folder if folder else ROOT / "latentphys"
-    suffixes = {".py", ".yaml", ".j2", ".html", ".css", ".js", ".json", ".typed"}
+    suffixes = {".py", ".yaml", ".j2", ".html", ".css", ".js", ".json", ".typed", ".hpp", ".h", ".cpp", ".f90"}
     files = [path for path in root.rglob("*") if path.suffix in suffixes or path.name == "py.typed"]
     expected = {Path("latentphys", folder, path.relative_to(root)).as_posix() for path in files}
     assert expected and expected <= names

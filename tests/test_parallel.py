@@ -3,9 +3,7 @@
 The processes are started once. Each writes what it found as safetensors, and the tests compare that with one process.
 """
 
-import multiprocessing
 import os
-import socket
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -16,6 +14,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_forked
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -66,7 +65,7 @@ def new_optimizer(model: nn.Module) -> torch.optim.Optimizer:
         for group in by_mesh(model.parameters())
         for decays in (True, False)
     ]
-    return torch.optim.AdamW(groups, lr=1e-2, eps=1e-4, foreach=True)
+    return torch.optim.AdamW(groups, lr=1e-2, eps=1e-4, fused=True)
 
 
 def whole(tensor: Tensor | None) -> Tensor:
@@ -191,12 +190,12 @@ def bfloat16(model: Dynamics) -> dict[str, Tensor]:
     return found | {f"size.{name}": size for name, size in sizes.items()}
 
 
-def work(rank: int, port: int, folder: Path) -> None:
+def work(folder: Path) -> None:
     """What each of the processes does."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    rank = int(os.environ["RANK"])
     if DEVICE == "cuda":
         torch.cuda.set_device(rank)
-    dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo", rank=rank, world_size=RANKS)
+    dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo")
     assert dist.get_world_size() == RANKS
 
     def write(name: str, found: dict[str, Tensor]) -> None:
@@ -233,11 +232,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     optimizer = new_optimizer(model)
     train(model, optimizer, 0, 1, range(2))
     save(path / "one", model, optimizer)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.set_forkserver_preload([__name__])  # four imports at once take longer than all the rest
-    torch.multiprocessing.start_processes(work, (port, path), RANKS, start_method="forkserver")
+    run_forked(work, path, path, world=RANKS, timeout=280)
     return path
 
 

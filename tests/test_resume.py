@@ -3,21 +3,20 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-import psutil
 import pytest
+from ranks import latentphys, started, wait
 from small import Road, arguments, assert_bit_equal, train
 
 from latentphys.training import checkpoint, open_checkpoint
 from latentphys.training.guards import Guard
 
 KINDS = ("autoencoder", "dynamics")
-LAUNCH = Path(__file__).parent.parent / "configs" / "accelerate" / "cpu_2proc.yaml"
 
 
 def steps(run: Path) -> list[int]:
@@ -61,39 +60,32 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
     assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in whole.iterdir())
 
 
-def kill(process: subprocess.Popen[bytes]) -> None:
-    """A program and all that it started, at once; a launcher puts its ranks into sessions of their own."""
-    everybody = psutil.Process(process.pid)
-    for one in [*everybody.children(recursive=True), everybody]:
-        one.kill()
-    assert process.wait(30) == -signal.SIGKILL
-
-
 @pytest.mark.parametrize(("kind", "processes"), [("autoencoder", 1), ("dynamics", 2)])
 def test_a_killed_run_resumes_to_the_same_bits(road: Road, tmp_path: Path, kind: str, processes: int) -> None:
     """SIGKILL once a checkpoint is there, wherever the run then is; `benchmarks/fault_resume.py` kills at any time."""
     settings = ["trainer.num_steps=30", "trainer.checkpoint_every=1", "trainer.ema=0.9", "trainer.batch_size=4"]
-    launch = ["accelerate.commands.launch", "--config_file", str(LAUNCH), "-m"] if processes == 2 else []
+    run, whole = tmp_path / "run", tmp_path / "whole"
 
-    def start(name: str) -> subprocess.Popen[bytes]:
-        line = arguments(kind, road.inputs(kind), tmp_path / name, *settings, "trainer.accumulate=2")
-        command = [sys.executable, "-m", *launch, "latentphys", "train", *line]
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    def start(path: Path) -> AbstractContextManager[list[ForkServerProcess]]:
+        line = ["train", *arguments(kind, road.inputs(kind), path, *settings, "trainer.accumulate=2")]
+        return started(latentphys, tmp_path, line, world=processes, name=path.name)
 
-    killed, whole = start("run"), start("whole")
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "last.json").is_file():
-        assert killed.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    kill(killed)
-    assert 1 <= open_checkpoint(tmp_path / "run").step < 30
-    with (tmp_path / "run" / "log.jsonl").open("a") as log:
-        log.write('{"step": 2')
-    again = start("run")
-    assert whole.wait(120) == again.wait(120) == 0
-    assert json.loads((tmp_path / "run" / "environment.json").read_text())["starts"][-1]["processes"] == processes
-    assert_bit_equal(tmp_path / "run", tmp_path / "whole")
-    assert steps(tmp_path / "run") == steps(tmp_path / "whole")
+    with start(whole) as uninterrupted:
+        with start(run) as killed:
+            deadline = time.monotonic() + 120
+            while not (run / "last.json").is_file():
+                assert None in wait(killed, 0.01) and time.monotonic() < deadline
+            for process in killed:
+                process.kill()
+            assert wait(killed) == [-signal.SIGKILL] * processes
+        assert 1 <= open_checkpoint(run).step < 30
+        with (run / "log.jsonl").open("a") as log:
+            log.write('{"step": 2')
+        with start(run) as again:
+            assert wait(uninterrupted) == wait(again) == [0] * processes
+    assert json.loads((run / "environment.json").read_text())["starts"][-1]["processes"] == processes
+    assert_bit_equal(run, whole)
+    assert steps(run) == steps(whole)
 
 
 def test_a_finished_run_stays_as_it_is(road: Road, tmp_path: Path) -> None:

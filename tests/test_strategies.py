@@ -1,20 +1,17 @@
 """However a model is spread over processes, it becomes the one that a single process trains on the whole batch."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import latentphys, run_forked
 from safetensors.torch import load_file
 from small import Road, arguments, train
 
 from latentphys.training import open_checkpoint
 
-LAUNCH = Path(__file__).parent.parent / "configs" / "accelerate" / "cpu_2proc.yaml"
 QUIET = {
     "autoencoder": ["autoencoder.bottleneck.noise=0"],
     "dynamics": ["dynamics_training.input_noise=0", "dynamics_training.unroll=2"],
@@ -31,21 +28,17 @@ EXPERTS = {
     "experts": ["trainer.strategy=fsdp", "trainer.expert_parallel=2"],
     "experts-passes": ["trainer.strategy=fsdp", "trainer.expert_parallel=2", "trainer.accumulate=2"],
 }
-PROGRAM = """
-import json
-import sys
 
-import torch
-from accelerate import Accelerator, PartialState
 
-from latentphys.cli import main
+def work(lines: list[list[str]]) -> int:
+    """One run after the other, in processes that stay the same."""
+    from accelerate import Accelerator, PartialState
 
-end, Accelerator.end_training = Accelerator.end_training, lambda self: None
-statuses = [main(["train", *line]) for line in json.loads(sys.argv[1])]
-assert PartialState().num_processes == 2
-PartialState().destroy_process_group()
-sys.exit(max(statuses))
-"""
+    Accelerator.end_training = lambda self: None
+    statuses = [latentphys(["train", *line]) for line in lines]
+    assert PartialState().num_processes == 2
+    PartialState().destroy_process_group()
+    return max(statuses)
 
 
 def cases() -> list[tuple[str, str]]:
@@ -67,17 +60,9 @@ def spread(road: Road, tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         for kind, name in cases()
     ]
-    script = folder / "program.py"
-    script.write_text(PROGRAM)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH), str(script)]
-    process = subprocess.run(
-        [*launch, json.dumps(lines)],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("CUDA_VISIBLE_DEVICES", "")
+        run_forked(work, folder, lines, world=2, timeout=280)
     return folder
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ranks import FORK
 from store_files import content
 
 from latentphys.data import Part, StoreWriter, create_store, open_store, plan
@@ -107,9 +108,8 @@ def write_part(part: Part, trajectories: list[int]) -> None:
 
 
 def test_processes_share_the_work(tmp_path: Path, reference: Path) -> None:
-    context = multiprocessing.get_context("spawn")
     with make(tmp_path / "a.zarr") as out:
-        workers = [context.Process(target=write_part, args=(out.part(), share)) for share in ([2], [1, 0])]
+        workers = [FORK.Process(target=write_part, args=(out.part(), share)) for share in ([2], [1, 0])]
         for worker in workers:
             worker.start()
         for worker in workers:
@@ -140,7 +140,7 @@ def write_and_die(path: Path) -> None:
 
 def test_work_goes_on_after_kill_9(tmp_path: Path, reference: Path) -> None:
     path = tmp_path / "a.zarr"
-    process = multiprocessing.get_context("spawn").Process(target=write_and_die, args=(path,))
+    process = FORK.Process(target=write_and_die, args=(path,))
     process.start()
     process.join(timeout=120)
     assert process.exitcode == -signal.SIGKILL

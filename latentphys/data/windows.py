@@ -67,6 +67,9 @@ class Windows:
         weights: family → how often its store is drawn from, relative to the 1 of families that are not named; 0 for
             never. Default: every store equally often, however large it is.
 
+    Attributes:
+        trajectories: of each store those that windows come from.
+
     Raises:
         ValueError: no stores, a store without the field or the trajectories, trajectories shorter than a window, or
             weights that no order of the stores has.
@@ -91,10 +94,10 @@ class Windows:
         self._fields = [[fields] if isinstance(fields, str) else list(fields[store.family]) for store in stores]
         if trajectories is None:
             trajectories = [range(len(store)) for store in stores]
-        self._trajectories = [list(chosen) for chosen in trajectories]
-        if len(self._trajectories) != len(self.stores):
-            raise ValueError(f"Expected trajectories for {len(self.stores)} stores, got {len(self._trajectories)}.")
-        for store, names, chosen in zip(self.stores, self._fields, self._trajectories, strict=True):
+        self.trajectories = [list(chosen) for chosen in trajectories]
+        if len(self.trajectories) != len(self.stores):
+            raise ValueError(f"Expected trajectories for {len(self.stores)} stores, got {len(self.trajectories)}.")
+        for store, names, chosen in zip(self.stores, self._fields, self.trajectories, strict=True):
             for field in names:
                 if field not in store.specs:
                     raise ValueError(f"Expected a field {field!r} in {store.path}, got {sorted(store.specs)}.")
@@ -113,7 +116,7 @@ class Windows:
 
     def hold(self) -> None:
         """Read the trajectories into memory, where windows come from then on."""
-        for store, (chosen, held) in enumerate(zip(self._trajectories, self._cache, strict=True)):
+        for store, (chosen, held) in enumerate(zip(self.trajectories, self._cache, strict=True)):
             held.update({i: self._read(store, i, slice(None)) for i in chosen})
 
     def _num_starts(self, store: Store) -> int:
@@ -121,7 +124,7 @@ class Windows:
 
     def num_windows(self, store: int) -> int:
         """Number of windows in one store."""
-        return len(self._trajectories[store]) * self._num_starts(self.stores[store])
+        return len(self.trajectories[store]) * self._num_starts(self.stores[store])
 
     def __len__(self) -> int:
         return sum(self.num_windows(store) for store in range(len(self.stores)))
@@ -194,7 +197,7 @@ class Windows:
         share = batch // world
         first = offset * batch + rank * share
         which, starts = np.divmod(order[first : first + share], self._num_starts(self.stores[store]))
-        trajectories = [self._trajectories[store][i] for i in which]
+        trajectories = [self.trajectories[store][i] for i in which]
         return Drawn(store, torch.tensor(trajectories), torch.from_numpy(starts))
 
     def check_batch(self, batch: int) -> None:

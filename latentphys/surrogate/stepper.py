@@ -2,75 +2,124 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from latentphys.autoencoders import Autoencoder
 from latentphys.fields import State
 from latentphys.grid import Geometry
-from latentphys.rollout import LatentStepper
-from latentphys.transformer.dynamics import Dynamics
+from latentphys.surrogate.alarm import Alarm
+from latentphys.surrogate.contract import Contract
+from latentphys.surrogate.exchange import as_state, like
+from latentphys.surrogate.flight import Flight
+from latentphys.surrogate.guard import Fallback, OnAlarm, advance, repeated, told
+from latentphys.surrogate.models import open_factory
+from latentphys.surrogate.protocol import Factory
+from latentphys.surrogate.reading import Intervention, Reading
+from latentphys.surrogate.window import Window, span
 
 ParametersAt = Callable[[float], Mapping[str, Any]]
 
 
-@dataclass(frozen=True, eq=False)
-class Snapshot:
-    """What `Surrogate.snapshot` remembers; hand it to `Surrogate.restore`."""
-
-    state: State
-    latents: Tensor
-    totals: Mapping[str, Tensor]
-    stepper: LatentStepper
-
-
 class Surrogate:
-    """Steps one flow with a trained model. Mass is conserved exactly by every state that it returns.
+    """Steps flows with a trained model. Mass is conserved exactly by every state that it returns; accuracy is not.
 
     Fluxes go in and out as the volume flux through each cell's low faces [m³/s], FP64 out, and so do further fields of
-    the family; conserved scalars keep their total. A solver may change the state between calls, in place too: a state
-    whose fields are not those returned last is encoded anew.
-
-        s = Surrogate.load("runs/demo/dynamics")
-        state = s.init(store[0, 0])
-        state = s.step(state, num_steps=8)
-        token = s.snapshot(); …; state = s.restore(token)
+    the family; conserved scalars keep their total. States that it returns have the fields that the model advances, and
+    no others. A solver may change a state between calls, in place too: one whose fields are not those returned last is
+    encoded anew.
 
     Args:
-        dynamics, autoencoder: the models, in evaluation mode.
+        factory: what steps: trained `Models`, or an opened artefact.
+        alarm: what is watched at every interval, and every state that comes from outside. It decodes each interval;
+            without one only the last is decoded. Default: nothing is watched.
+        on_alarm: where it rings and there is no fallback, ``warn`` (`AlarmWarning`) or ``raise`` (`AlarmError`).
+        fallback: (state, duration [s]) → the state then: a solver that repeats, from the state before it, every
+            interval in which the alarm rang, and takes what is left of a duration that is no whole number of
+            intervals. It gets one flow at a time. Its solenoidal fluxes are made exactly conservative.
+
+    Raises:
+        ValueError: an alarm that was calibrated with another model.
     """
 
-    def __init__(self, dynamics: Dynamics, autoencoder: Autoencoder) -> None:
-        if dynamics.num_frames != 1:
-            raise ValueError(f"Expected a dynamics model of one input frame, got one of {dynamics.num_frames}.")
-        self.dynamics, self.autoencoder = dynamics, autoencoder
-        self._current: Snapshot | None = None
+    def __init__(
+        self,
+        factory: Factory,
+        *,
+        alarm: Alarm | None = None,
+        on_alarm: OnAlarm = "warn",
+        fallback: Fallback | None = None,
+    ) -> None:
+        if on_alarm not in ("warn", "raise"):
+            raise ValueError(f"Expected on_alarm of warn | raise, got {on_alarm!r}.")
+        if alarm is not None:
+            alarm.check(factory)
+        self.factory, self.alarm, self.on_alarm, self.fallback = factory, alarm, on_alarm, fallback
+        self._flight: Flight | None = None
 
     @classmethod
-    def load(cls, path: str | Path) -> Surrogate:
-        """From a dynamics checkpoint or the run directory that holds it.
+    def load(
+        cls,
+        path: str | Path,
+        device: torch.device | str = "cpu",
+        max_resident_experts: int | None = None,
+        *,
+        alarm: Alarm | str | Path | None = None,
+        on_alarm: OnAlarm = "warn",
+        fallback: Fallback | None = None,
+    ) -> Surrogate:
+        """From a dynamics checkpoint, the run directory that holds it, or an artefact folder of `latentphys export`.
+
+        Args:
+            device: where to compute. Default: the CPU.
+            max_resident_experts: of a checkpoint: see `latentphys.training.load_dynamics`.
+            alarm: or the file that `Alarm.save` wrote.
+            on_alarm, fallback: see `Surrogate`.
 
         Raises:
-            ValueError: no such checkpoint, or one of another kind or schema.
+            ValueError: no checkpoint or artefact there, or one of another kind or schema.
         """
-        from latentphys.training.models import load_dynamics
-
-        return cls(*load_dynamics(path))
+        loaded = Alarm.load(alarm) if isinstance(alarm, str | Path) else alarm
+        factory = open_factory(path, device, max_resident_experts)
+        return cls(factory, alarm=loaded, on_alarm=on_alarm, fallback=fallback)
 
     @property
     def families(self) -> dict[str, float]:
         """The families that the model knows, and the Δt [s] of its steps for each."""
-        return dict(self.dynamics.intervals)
+        return dict(self.factory.intervals)
+
+    @property
+    def reading(self) -> Reading | None:
+        """What the alarm measured last; None without an alarm."""
+        return self._require().reading
+
+    @property
+    def log(self) -> tuple[Intervention, ...]:
+        """What the alarm and the fallback did since `init`; `restore` brings back the log of then."""
+        return self._require().log
+
+    @property
+    def num_fallbacks(self) -> int:
+        """How often the fallback was called since `init`, for one flow each."""
+        return sum(entry.is_fallback for entry in self.log)
+
+    def contract(self, family: str) -> Contract:
+        """What a solver has to know of a family; print it."""
+        return self.factory.contract(family)
+
+    def negotiate(self, duration: float) -> Window:
+        """How many intervals fit into a duration [s], and what remains of it; it takes what `step` takes.
+
+        Raises:
+            ValueError: a call before `init`, or a duration that is none.
+        """
+        return Window.of(duration, self._require().stepper.interval)
 
     def init(
         self,
-        state: State | Tensor | np.ndarray,
+        state: State | Sequence[State] | Any,
         geometry: Geometry | None = None,
         family: str | None = None,
         parameters: Mapping[str, Any] | None = None,
@@ -79,7 +128,9 @@ class Surrogate:
         """Set geometry, family and first state.
 
         Args:
-            state: a `State` that says all the rest itself, such as ``store[0, 0]``, or a flux (3, nx, ny, nz) [m³/s].
+            state: a `State` that says all the rest itself, such as ``store[0, 0]``; several of them, of one family,
+                grid and time, or a batch of them, with fields (b, …) and parameters (b, …) or one for all; or a flux
+                (3, nx, ny, nz) or (b, 3, nx, ny, nz) [m³/s]: NumPy, torch, or with ``__dlpack__``.
             geometry, family, parameters, time: with a bare flux, what a `State` would say.
 
         Returns:
@@ -87,111 +138,73 @@ class Surrogate:
 
         Raises:
             ValueError: a grid, family, parameter or flux that the model cannot take.
+            AlarmError: the alarm rings, and is told to raise.
         """
-        if not isinstance(state, State):
-            if geometry is None or family is None:
-                raise ValueError("Expected a geometry and a family beside a bare flux, got none; or pass a State.")
-            state = State({"velocity": _tensor(state)}, geometry, time, parameters or {}, family)
+        state = as_state(state, geometry, family, parameters or {}, time)
         if state.family is None:
             raise ValueError(f"Expected a state of a family among {sorted(self.families)}, got one without a family.")
-        stepper = LatentStepper(self.autoencoder, self.dynamics, state.geometry, state.family)
-        packed = _checked(state, stepper)
-        self.dynamics.conditioning.vector(state.parameters, state.parameters, stepper.interval)  # refused here or never
-        return self._remember(state, stepper.encode(packed), stepper.totals(packed), stepper)
+        if self.alarm is not None and self.alarm.family != state.family:
+            raise ValueError(f"Expected a flow of the alarm's family {self.alarm.family!r}, got {state.family!r}.")
+        flight = Flight.begin(self.factory, self.alarm, state)
+        self._flight = told(flight, state.time, self.on_alarm, self.fallback).decoded()
+        return self._flight.copy()
 
     def step(
-        self, state: State | Tensor | np.ndarray, num_steps: int = 1, parameters: ParametersAt | None = None
+        self,
+        state: State | Any,
+        num_steps: int | None = None,
+        parameters: ParametersAt | None = None,
+        *,
+        duration: float | None = None,
     ) -> Any:
-        """Advance by ``num_steps`` intervals of the family's Δt.
+        """Advance by some intervals of the family's Δt.
 
         Args:
-            state: the state returned last, or one that a solver has changed; a bare flux (3, nx, ny, nz), NumPy or
-                torch, stands for the last state with that velocity.
+            state: the state returned last, or one that a solver has changed; a bare flux of the shape given to `init`,
+                NumPy, torch or with ``__dlpack__``, stands for the last state with that velocity.
+            num_steps: how many intervals. Default: 1.
+            duration: instead, a time [s] that is a whole number of intervals; or any with a fallback, which takes the
+                rest.
             parameters: time → the parameters then, where they change in time. Default: those of the state, constant.
 
         Returns:
-            What was given: a `State`, or a flux as a tensor or an array.
+            What was given: a `State`, a flux as an array for a NumPy array, and as a torch tensor, which has
+            ``__dlpack__`` itself, for all others.
 
         Raises:
-            ValueError: a call before `init`, another geometry or family than set there, or a flux that is not finite.
+            ValueError: a call before `init`, another geometry or family than set there, a flux that is not finite, or
+                a duration that does not fit.
+            AlarmError: the alarm rings, and is told to raise; the surrogate is where it was.
         """
-        current = self._require()
-        if num_steps < 1:
-            raise ValueError(f"Expected num_steps ≥ 1, got {num_steps}.")
-        stepper, latents, totals = current.stepper, current.latents, current.totals
-        if not isinstance(state, State) and "velocity" not in stepper.scale.fields:
-            raise ValueError(
-                f"Expected a State with the fields {list(stepper.scale.fields)} of family {stepper.family!r}, got a "
-                "bare flux."
-            )
-        given = state if isinstance(state, State) else current.state.with_fields(velocity=_tensor(state))
-        if given.geometry is not stepper.geometry and not _same_geometry(given.geometry, stepper.geometry):
-            raise ValueError("Expected the geometry given to init, got another one; call init again to change it.")
-        if given.family != stepper.family:
-            raise ValueError(f"Expected the family given to init, {stepper.family!r}, got {given.family!r}.")
-        if any(
-            name not in given.fields or not torch.equal(given.fields[name], current.state.fields[name])
-            for name in stepper.scale.fields
-        ):
-            packed = _checked(given, stepper)
-            latents, totals = stepper.encode(packed), stepper.totals(packed)
-        time = given.time
-        for n in range(num_steps):
-            now, then = (
-                given.parameters if parameters is None else parameters(time + (n + m) * stepper.interval)
-                for m in (0, 1)
-            )
-            latents = stepper.step(latents[:, None], [now], [then]).latent
-        end = time + num_steps * stepper.interval
-        if parameters is not None:
-            given = replace(given, parameters=parameters(end))
-        result = self._remember(replace(given, time=end), latents, totals, stepper)
-        if isinstance(state, State):
-            return result
-        return result.velocity.numpy() if isinstance(state, np.ndarray) else result.velocity
+        flight = self._require()
+        steps, rest = span(num_steps, duration, flight.stepper.interval, self.fallback is not None)
+        given = flight.given(state)
+        moved = flight.moved_to(given)
+        is_new = moved.reading is not flight.reading
+        flight = told(moved, given.time, self.on_alarm, self.fallback) if is_new else moved
+        start = given.time
+        at = (lambda t: given.parameters) if parameters is None else parameters
+        for n in range(steps):
+            begin, end = (start + m * flight.stepper.interval for m in (n, n + 1))
+            flight = advance(flight, at(begin), at(end), end, self.on_alarm, self.fallback)
+        if rest and self.fallback is not None:
+            everybody = [()] * flight.num_flows
+            end = start + steps * flight.stepper.interval + rest
+            flight = repeated(flight.decoded(), self.fallback, end, at(end), everybody)
+        self._flight = flight.decoded()
+        result = self._flight.copy()
+        return result if isinstance(state, State) else like(result.velocity, state)
 
-    def snapshot(self) -> Snapshot:
-        """A token of the present state; steps after `restore` repeat bit for bit."""
-        current = self._require()
-        return Snapshot(current.state, current.latents.clone(), current.totals, current.stepper)
+    def snapshot(self) -> Flight:
+        """A token of the present state, log and alarm; steps after `restore` repeat bit for bit."""
+        return self._require()
 
-    def restore(self, token: Snapshot) -> State:
+    def restore(self, token: Flight) -> State:
         """Go back to a snapshot and return its state."""
-        self._current = token
-        return _copied(token.state)
+        self._flight = token
+        return token.copy()
 
-    def _require(self) -> Snapshot:
-        if self._current is None:
+    def _require(self) -> Flight:
+        if self._flight is None:
             raise ValueError("Expected init before this call, got a surrogate without a state.")
-        return self._current
-
-    def _remember(self, state: State, latents: Tensor, totals: Mapping[str, Tensor], stepper: LatentStepper) -> State:
-        state = state.with_fields(state.time, **stepper.scale.unpack(stepper.decode(latents, totals)[0]))
-        self._current = Snapshot(state, latents, totals, stepper)
-        return _copied(state)
-
-
-def _copied(state: State) -> State:
-    """The same state with fields of its own, so that a solver that works in place leaves ours as it was."""
-    return state.with_fields(state.time, **{name: values.clone() for name, values in state.fields.items()})
-
-
-def _tensor(flux: Tensor | np.ndarray) -> Tensor:
-    return torch.from_numpy(np.array(flux, dtype=np.float64)) if isinstance(flux, np.ndarray) else flux.double()
-
-
-def _checked(state: State, stepper: LatentStepper) -> Tensor:
-    """The packed fields of a state as a batch of one, in FP64."""
-    for name, spec in stepper.scale.specs.items():
-        values, expected = state.fields.get(name), spec.shape(state.grid)
-        if values is None:
-            raise ValueError(f"Expected the fields {list(stepper.scale.fields)}, got {sorted(state.fields)}.")
-        if tuple(values.shape) != expected:
-            raise ValueError(f"Expected one {name} of shape {expected}, got {tuple(values.shape)}.")
-        if not bool(torch.isfinite(values).all()):
-            raise ValueError(f"Expected a finite {name}, got NaN or infinite values; step back to a snapshot.")
-    return stepper.scale.pack({name: state.fields[name].double() for name in stepper.scale.fields})[None]
-
-
-def _same_geometry(a: Geometry, b: Geometry) -> bool:
-    return a.grid == b.grid and bool(torch.equal(a.fluid, b.fluid))
+        return self._flight

@@ -278,7 +278,11 @@ def merge_checkpoint(path: str | Path, out: str | Path) -> Path:
         kind="dynamics",
         model=dynamics,
         config=plain_config(found),
-        extra={**dynamics.to_dict(), "latent_channels": autoencoder.latent_channels},
+        extra={
+            **dynamics.to_dict(),
+            "latent_channels": autoencoder.latent_channels,
+            **({"regimes": found.extra["regimes"]} if "regimes" in found.extra else {}),
+        },
         step=found.step,
         parts=lambda folder: checkpoints.save(
             folder / "autoencoder",

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def environment() -> dict[str, Any]:
         "precision": state.mixed_precision if state else "no",
         "command": shlex.join(sys.argv),
         "python": platform.python_version(),
-        "packages": _packages(),
+        "packages": dict(_packages()),
     }
 
 
@@ -119,6 +120,7 @@ def _git() -> dict[str, Any]:
     return {"git": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
 
 
+@cache
 def _packages() -> dict[str, str]:
     """The versions of this package and of all that it can use and that is installed."""
     try:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from latentphys.autoencoders import fit_linear_code
 from latentphys.data import Store, Windows, open_store, split
+from latentphys.data.regimes import select
 from latentphys.grid import Geometry
 from latentphys.rollout import num_intervals
 from latentphys.routers import AuxiliaryLosses, BiasBalance
@@ -41,7 +42,7 @@ def train_autoencoder(config: Config) -> Path:
     trainer: Trainer = build(config["trainer"])
     loss = build(config["loss"])
     torch.manual_seed(trainer.seed)
-    train, test = _split(stores, config["held_out"])
+    train, test = _split(stores, stores, config)
     _check_fields(stores, config["fields"])
     names = {store.family: list(chosen_specs(store, config["fields"])) for store in stores}
     Windows(stores, names, 1, trajectories=train, weights=config["weights"]).check_batch(trainer.batch_size)
@@ -89,7 +90,7 @@ def train_dynamics(config: Config) -> Path:
     autoencoder = load_autoencoder(checkpoints[0])
     trainer: Trainer = build(config["trainer"])
     torch.manual_seed(trainer.seed)
-    train, test = _split(stores, config["held_out"])
+    train, test = _split(stores, sources, config)
     intervals = {store.family: _interval(store, settings) for store in stores}
     tuning = _finetuning(config)
     if tuning is not None:
@@ -187,6 +188,23 @@ def _open(paths: Sequence[str]) -> list[Store]:
     return stores
 
 
-def _split(stores: Sequence[Store], held_out: float | int) -> tuple[list[list[int]], list[list[int]]]:
-    pairs = [split(len(store), held_out) for store in stores]
+def _split(
+    stores: Sequence[Store], sources: Sequence[Store], config: Config
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Trajectories of each store to train on and to test on. Those held out are the same ones for every regime.
+
+    Args:
+        sources: where the parameters are that a regime is told by.
+    """
+    pairs = [split(len(store), config["held_out"]) for store in stores]
+    regime = config["regime"]
+    if regime is not None:
+        for n, (source, (train, test)) in enumerate(zip(sources, pairs, strict=True)):
+            pairs[n] = select(source, train, regime), select(source, test, regime)
+            for some, what, whole in ((pairs[n][0], "training", train), (pairs[n][1], "held-out", test)):
+                if not some:
+                    raise ValueError(
+                        f"Expected a {what} trajectory of {source.path} in the regime {dict(regime)}, got none among "
+                        f"the trajectories {whole[0]} to {whole[-1]}; widen the regime, or change held_out."
+                    )
     return [train for train, _ in pairs], [test for _, test in pairs]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from latentphys.autoencoders import Autoencoder, WeightedSum
 from latentphys.data import Batch, Store, Windows
+from latentphys.data.regimes import measure
 from latentphys.grid import Geometry
 from latentphys.routers import (
     AuxiliaryLosses,
@@ -167,7 +168,7 @@ class AutoencoderTask(Task):
             kind=self.kind,
             model=self.autoencoder,
             config=self.config,
-            extra=autoencoder_extra(self.autoencoder),
+            extra={**autoencoder_extra(self.autoencoder), "regimes": _regimes(self.train_windows, self.stores())},
             step=step,
             optimizer=optimizer,
             ema=average,
@@ -337,7 +338,11 @@ class DynamicsTask(Task):
             kind=self.kind,
             model=self.dynamics,
             config=self.config,
-            extra={**self.dynamics.to_dict(), "latent_channels": autoencoder.latent_channels},
+            extra={
+                **self.dynamics.to_dict(),
+                "latent_channels": autoencoder.latent_channels,
+                "regimes": _regimes(self.train_windows, self.sources),
+            },
             step=step,
             optimizer=optimizer,
             ema=average,
@@ -360,6 +365,11 @@ def _loss_weights(weights: Mapping[str, float] | None, stores: Sequence[Store]) 
         if family not in families or not 0 < weight < math.inf:
             raise ValueError(f"Expected positive loss weights of {', '.join(families)}, got {family}: {weight}.")
     return weights or {}
+
+
+def _regimes(windows: Windows, sources: Sequence[Store]) -> dict[str, Any]:
+    """Family → what `measure` says of the trajectories that training draws from."""
+    return {source.family: measure(source, some) for source, some in zip(sources, windows.trajectories, strict=True)}
 
 
 def _noise(latent: Tensor) -> Tensor:

@@ -256,7 +256,10 @@ def _grid(mesh: FoamMesh, types: Mapping[str, str], options: ImportOptions, path
             if given is not None and (given[axis][end] == "periodic") == is_periodic:
                 pair.append(given[axis][end])
                 continue
-            kinds = {name: _boundary(p, types, path) for name, p in sides.get((axis, end), {}).items()}
+            here = sides.get((axis, end), {})
+            if is_periodic:
+                here = {n: p for n, p in here.items() if p.kind != "wall" or not _is_before_solid(p, axis, end, mesh)}
+            kinds = {name: _boundary(p, types, path) for name, p in here.items()}
             if given is not None or len(set(kinds.values())) != 1:
                 raise ValueError(
                     f"Expected one kind of boundary on side {SIDES[2 * axis + end]} of {path}, got patches {kinds}"
@@ -271,6 +274,15 @@ def _grid(mesh: FoamMesh, types: Mapping[str, str], options: ImportOptions, path
         raise ValueError(f"{error} (in {path})") from error
     moving = [p.name for p in mesh.patches.values() if p.kind == "wall" and types.get(p.name, "noslip") != "noslip"]
     return grid, {"patches": named, "walls_taken_to_be_at_rest": sorted(moving)}
+
+
+def _is_before_solid(wall: Patch, axis: int, end: int, mesh: FoamMesh) -> bool:
+    """Whether the faces of a wall on a periodic side are those of grains on the other side of the box."""
+    index, low_or_high = np.unravel_index(mesh.cells[mesh.owner[wall.faces]], mesh.shape), (0, mesh.shape[axis] - 1)
+    is_here = (mesh.axis[wall.faces] == axis) & (mesh.sign[wall.faces] == (-1, 1)[end])
+    is_here &= index[axis] == low_or_high[end]
+    beyond = [np.full_like(i, low_or_high[1 - end]) if a == axis else i for a, i in enumerate(index)]
+    return mesh.solid is not None and bool(mesh.solid[tuple(i[is_here] for i in beyond)].all())
 
 
 def _internal(file: FoamFile, entries: Mapping[str, Any], size: int, components: int) -> np.ndarray:
