@@ -212,17 +212,6 @@ class Autoencoder(nn.Module):
     def check_specs(self, family: str, specs: Mapping[str, FieldSpec]) -> None:
         """Refuse fields that this kind of latent is not for, with a ValueError; here it is for all."""
 
-    def totals(
-        self, packed: Float[Tensor, "b c nx ny nz"], geometry: Geometry, family: str
-    ) -> dict[str, Float[Tensor, " b"]]:
-        """∫ c dV of the conserved scalars among packed fields [unit·m³], by name; see `ConservedHead`."""
-        return {
-            name: torch.where(geometry.fluid.unsqueeze(-4).to(x.device), x.double(), 0.0).sum((-4, -3, -2, -1))
-            * geometry.grid.cell_volume
-            for name, x in self.scale(family).split(packed).items()
-            if self.scale(family)[name].spec.constraint == "conserved"
-        }
-
     def learnt_inputs(
         self, packed: Float[Tensor, "b c nx ny nz"], geometry: Geometry, family: str
     ) -> dict[str, Float[Tensor, "b _ px py pz"]]:

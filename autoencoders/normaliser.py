@@ -200,6 +200,15 @@ class FamilyScale:
         parts = [self.fields[name].denormalise(x, grid) for name, x in self.split(packed).items()]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-4)
 
+    def totals(self, packed: Float[Tensor, "b c nx ny nz"], geometry: Geometry) -> dict[str, Float[Tensor, " b"]]:
+        """∫ c dV of the conserved scalars among packed fields [unit·m³], by name; see `ConservedHead`."""
+        return {
+            name: torch.where(present(geometry, self[name].spec, x.device), x.double(), 0.0).sum((-4, -3, -2, -1))
+            * geometry.grid.cell_volume
+            for name, x in self.split(packed).items()
+            if self[name].spec.constraint == "conserved"
+        }
+
     def to_dict(self) -> list[dict[str, Any]]:
         return [field.to_dict() for field in self.fields.values()]
 

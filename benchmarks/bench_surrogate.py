@@ -29,10 +29,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
-from time import perf_counter
 from typing import Any
 
-from machine import Results, parser
+from machine import Results, elapsed, parser, timed
 from plot_surrogate import draw
 from torch import Tensor
 
@@ -77,44 +76,43 @@ class Flow:
         return float(vrmse(flux, self.flux(frame), self.geometry))
 
 
-def compiled(path: Path) -> Models:
+def compiled(path: Path, device: str) -> Models:
     """The models with their networks fused by `torch.compile`."""
-    models = Models.load(path)
+    models = Models.load(path, device)
     for network in (models.dynamics.transformer, models.autoencoder.encoder, models.autoencoder.decoder):
         network.compile()
     return models
 
 
-def exported(checkpoint: Path, flow: Flow, form: str, work: Path) -> Factory:
+def exported(checkpoint: Path, flow: Flow, form: str, work: Path, device: str) -> Factory:
     """The artefact of a flow's geometry, made where it is not there yet."""
     out = work / f"{form}-{flow.store.family}-{0 if flow.geometry.is_empty else flow.trajectory}"
     if not out.is_dir():
         source = ["--store", str(flow.store.path), "--trajectory", str(flow.trajectory)]
-        if latentphys(["export", str(checkpoint), str(out), "--to", form, *source]):
+        if latentphys(["export", str(checkpoint), str(out), "--to", form, "--device", device, *source]):
             raise ValueError(f"Expected the export of {checkpoint} to {form} to succeed, got an error; see above.")
-    return open_artefact(out)
+    return open_artefact(out, device)
 
 
-def steppers(forms: Sequence[str], run: Path, flow: Flow, work: Path) -> dict[str, Stepper]:
+def steppers(forms: Sequence[str], run: Path, flow: Flow, work: Path, device: str) -> dict[str, Stepper]:
     """Each form of the surrogate for a flow."""
     checkpoint = run / "dynamics"
     make: dict[str, Callable[[], Factory]] = {
-        "eager": partial(Models.load, checkpoint),
-        "compiled": partial(compiled, checkpoint),
-        **{form: partial(exported, checkpoint, flow, form, work) for form in ARTEFACTS},
+        "eager": partial(Models.load, checkpoint, device),
+        "compiled": partial(compiled, checkpoint, device),
+        **{form: partial(exported, checkpoint, flow, form, work, device) for form in ARTEFACTS},
     }
     return {form: make[form]().stepper(flow.geometry, flow.store.family) for form in forms}
 
 
-def in_turns(works: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+def in_turns(works: Mapping[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, float]:
     """Median time of each of some works [s], after one round that warms up."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for n in range(rounds + 1):
         for name, work in works.items():
-            begin = perf_counter()
-            work()
+            seconds = elapsed(work, device)
             if n:
-                times[name].append(perf_counter() - begin)
+                times[name].append(seconds)
     return {name: median(values) for name, values in times.items()}
 
 
@@ -124,8 +122,10 @@ def speed(flow: Flow, forms: Mapping[str, Stepper], rounds: int, batch: int, res
         now, then = flow.parameters(0) * flows, flow.parameters(1) * flows
         packed = flow.flux(0)[None].expand(flows, *[-1] * 4)
         latents = {form: stepper.encode(packed)[:, None] for form, stepper in forms.items()}
-        step = in_turns({f: partial(s.step, latents[f], now, then) for f, s in forms.items()}, rounds)
-        decode = in_turns({f: partial(s.decode, latents[f][:, 0]) for f, s in forms.items()}, max(2, rounds // 4))
+        step = in_turns({f: partial(s.step, latents[f], now, then) for f, s in forms.items()}, rounds, results.device)
+        decode = in_turns(
+            {f: partial(s.decode, latents[f][:, 0]) for f, s in forms.items()}, max(2, rounds // 4), results.device
+        )
         for form, stepper in forms.items():
             flux = stepper.decode(stepper.step(latents[form], now, then).latent)
             figures = {
@@ -136,17 +136,17 @@ def speed(flow: Flow, forms: Mapping[str, Stepper], rounds: int, batch: int, res
                 "net_flux_max": float(operators.div(flux, flow.geometry.grid).abs().amax()),
             }
             settings = {"part": "speed", "family": flow.store.family, "form": form, "flows": flows}
-            results.add(f"{flow.store.family}_{form}_{flows}", figures, settings)
+            results.add(f"speed_{flow.store.family}_{form}_{flows}", figures, settings)
 
 
 class Numerical:
     """The solver of a flow on cells ``factor`` times as wide as those of its store."""
 
-    def __init__(self, family: DrivenFlow, seed: int, flow: Flow, factor: int) -> None:
+    def __init__(self, family: DrivenFlow, seed: int, flow: Flow, factor: int, device: str) -> None:
         self.flow, self.factor, self.interval = flow, factor, family.interval
         self.geometry = coarsen(flow.geometry, factor) if factor > 1 else flow.geometry
         drawn = stack([family.draw(seed, flow.trajectory)])
-        self._solver = partial(family.solver, self.geometry, drawn, compiled=True)
+        self._solver = partial(family.solver, self.geometry, drawn, device=device, compiled=True)
         self.run(1, 1e-3)
 
     def run(self, num_intervals: int, share: float = 1.0) -> Tensor:
@@ -155,7 +155,7 @@ class Numerical:
         fields = solver.working({"velocity": (restrict(flux, grid, self.factor) if self.factor > 1 else flux)[None]})
         for n in range(num_intervals):
             fields = solver.advance(fields, n * self.interval, share * self.interval)
-        flux = exact.conserve(flux=fields["velocity"][0], geometry=self.geometry)
+        flux = exact.conserve(flux=fields["velocity"][0].cpu(), geometry=self.geometry)
         if self.factor == 1:
             return flux
         fine = prolong(flux, self.geometry.grid, self.factor, self.flow.geometry)
@@ -167,7 +167,7 @@ def advanced(stepper: Stepper, flow: Flow, num_intervals: int) -> Tensor:
     latent = stepper.encode(flow.flux(0)[None])
     for n in range(num_intervals):
         latent = stepper.step(latent[:, None], flow.parameters(n), flow.parameters(n + 1)).latent
-    return stepper.decode(latent)[0]
+    return stepper.decode(latent)[0].cpu()
 
 
 def pareto(
@@ -183,22 +183,21 @@ def pareto(
     found: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for flow, own in zip(flows, forms, strict=True):
         contestants: dict[str, Callable[[int], Tensor]] = {f: partial(advanced, s, flow) for f, s in own.items()}
-        contestants |= {f"solver_{f}": Numerical(family, seed, flow, f).run for f in factors}
+        contestants |= {f"solver_{f}": Numerical(family, seed, flow, f, results.device).run for f in factors}
         for name, work in contestants.items():
             work(1)
             for n in horizons:
-                begin = perf_counter()
-                flux = work(n)
-                found.setdefault((name, n), []).append((perf_counter() - begin, flow.error(flux, n)))
+                flux, seconds = timed(partial(work, n), results.device, repeats=0)
+                found.setdefault((name, n), []).append((seconds, flow.error(flux, n)))
         for n in horizons:
             found.setdefault(("persistence", n), []).append((0.0, flow.error(flow.flux(0), n)))
     lines = []
     for (name, n), values in found.items():
-        seconds, errors = zip(*values, strict=True)
-        figures = {"seconds": mean(seconds), "vrmse": mean(errors), "vrmse_low": min(errors), "vrmse_high": max(errors)}
+        spent, errors = zip(*values, strict=True)
+        figures = {"seconds": mean(spent), "vrmse": mean(errors), "vrmse_low": min(errors), "vrmse_high": max(errors)}
         settings = {"part": "pareto", "family": flows[0].store.family, "contestant": name, "intervals": n}
         lines.append({**figures, **settings})
-        results.add(f"{flows[0].store.family}_{name}_{n}", figures, {**settings, "flows": len(flows)})
+        results.add(f"pareto_{flows[0].store.family}_{name}_{n}", figures, {**settings, "flows": len(flows)})
     return lines
 
 
@@ -227,7 +226,7 @@ def main() -> None:
     for name in options.families:
         store = open_store(options.run / f"{name}.zarr")
         flows = [Flow(store, len(store) - 1 - i) for i in range(options.flows)]
-        forms = [steppers(list(chosen), options.run, flow, work) for flow in flows]
+        forms = [steppers(list(chosen), options.run, flow, work, options.device) for flow in flows]
         speed(flows[0], forms[0], options.rounds, options.batch, results)
         config = compose("simulate", [f"family={name}", *SIZES[options.size].simulate[name]])
         family, last = build(config["family"]), store.num_times - 1

@@ -41,7 +41,8 @@ def draw(lines: Sequence[Line], path: Path) -> None:
             for axes, n in zip(row, horizons, strict=True):
                 _panel(axes, [x for x in lines if x["family"] == family and x["intervals"] == n])
                 axes.set_title(f"{family.replace('_', ' ')}, {n} interval{'s' * (n > 1)}", fontsize=9, loc="left")
-            row[0].set_ylabel("VRMSE")
+            top = max(x["vrmse_high"] for x in lines if x["family"] == family and x["intervals"] in horizons)
+            row[0].set(ylabel="VRMSE", ylim=(-0.03 * top, 1.08 * top))
         handles, labels = grid[0, -1].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
         figure.supxlabel("time from the first state to the last [s]", fontsize=9)
@@ -53,6 +54,7 @@ def draw(lines: Sequence[Line], path: Path) -> None:
 def _panel(axes: Any, lines: Sequence[Line]) -> None:
     at = {line["contestant"]: line for line in lines}
     axes.set_xscale("log")
+    axes.margins(x=0.12)
     solver = sorted((int(name.removeprefix("solver_")), at[name]) for name in at if name.startswith("solver_"))
     spread = [[line["vrmse"] - line["vrmse_low"], line["vrmse_high"] - line["vrmse"]] for _, line in solver]
     axes.errorbar(
@@ -78,7 +80,6 @@ def _panel(axes: Any, lines: Sequence[Line]) -> None:
                 [x], [y], yerr=[[low], [high]], color=SURROGATE, marker=marker, label=f"surrogate, {name}", **style
             )
     axes.axhline(at["persistence"]["vrmse"], color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), label="persistence")
-    axes.set_ylim(bottom=0)
 
 
 def main() -> None:

@@ -88,7 +88,7 @@ class LatentStepper:
 
     def totals(self, packed: Float[Tensor, "b f nx ny nz"]) -> dict[str, Float[Tensor, " b"]]:
         """What conserved scalars amount to, by name: what every later state is to amount to as well."""
-        return self.autoencoder.totals(packed, self.geometry, self.family)
+        return self.scale.totals(packed, self.geometry)
 
     @torch.no_grad()
     def step(

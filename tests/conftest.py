@@ -19,6 +19,7 @@ if "DISPLAY" not in os.environ:
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from filelock import FileLock  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 if TYPE_CHECKING:
@@ -68,9 +69,15 @@ def pt2_artefact(road: "Road", tmp_path_factory: pytest.TempPathFactory) -> "Pat
     from latentphys.surrogate.export import export
     from latentphys.surrogate.models import Models
 
-    store, out = road.store("porous"), tmp_path_factory.mktemp("pt2") / "porous.artefact"
-    units = store.attributes["parameter_units"]
-    return export(Models.load(road.dynamics), [store[0, 0]], out, to="pt2", units=units)
+    store, run = road.store("porous"), os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    folder = tmp_path_factory.mktemp("pt2") if run is None else tmp_path_factory.getbasetemp().parent / f"pt2-{run}"
+    folder.mkdir(exist_ok=True)
+    out = folder / "porous.artefact"
+    with FileLock(folder / "lock"):  # the first of several processes makes it for all: their roads have the same bits
+        if not out.is_dir():
+            units = store.attributes["parameter_units"]
+            export(Models.load(road.dynamics), [store[0, 0]], out, to="pt2", units=units)
+    return out
 
 
 @pytest.fixture

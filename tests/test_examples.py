@@ -48,6 +48,12 @@ def test_the_solver_repeats_what_leaves_the_band(surrogate_in_solver: Callable[.
     assert {line[3] for line in lines} == {"0.0"} and {line[5] for line in lines} == {"0.000"}
 
 
+def test_error_and_cost_are_drawn(surrogate_in_solver: Callable[..., Lines], tmp_path: Path) -> None:
+    lines = surrogate_in_solver("porous", "--intervals", "2", "--turns", "0", "--plot", str(tmp_path / "hybrid.png"))
+    assert [line[1] for line in lines] == ["solver", "solver"] and {line[5] for line in lines} == {"0.000"}
+    assert (tmp_path / "hybrid.png").stat().st_size > 10_000
+
+
 @pytest.mark.parametrize("intervals", ["0", "6"])
 def test_intervals_beyond_the_record_are_refused(
     intervals: str, surrogate_in_solver: Callable[..., Lines], capsys: pytest.CaptureFixture[str]

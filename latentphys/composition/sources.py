@@ -12,7 +12,7 @@ from torch import nn
 from latentphys.composition.weights import Weights
 from latentphys.routers import Router
 from latentphys.training.checkpoint import Checkpoint, open_checkpoint
-from latentphys.training.models import _check_classes, build, checkpoint_scales, new_dynamics
+from latentphys.training.models import build, check_classes, checkpoint_scales, new_dynamics
 from latentphys.training.provenance import differences
 from latentphys.transformer.conditioning import Conditioning
 
@@ -69,7 +69,7 @@ def fixed_names(checkpoint: Checkpoint) -> set[str]:
 
 def bare_model(checkpoint: Checkpoint) -> nn.Module:
     """The model that a plain checkpoint describes, without memory for its weights."""
-    _check_classes(checkpoint.config, checkpoint.path)
+    check_classes(checkpoint.config, checkpoint.path)
     extra = checkpoint.extra
     if checkpoint.kind == "autoencoder":
         scales = checkpoint_scales(checkpoint)

@@ -43,7 +43,7 @@ def build(config: Config, **arguments: Any) -> Any:
         ) from error
 
 
-def _check_classes(config: Any, path: Path) -> None:
+def check_classes(config: Any, path: Path) -> None:
     """Refuse a checkpoint that would call anything but network modules when it is loaded."""
     if isinstance(config, Mapping):
         if "_target_" in config:
@@ -54,10 +54,10 @@ def _check_classes(config: Any, path: Path) -> None:
             if not (isinstance(target, type) and issubclass(target, nn.Module)):
                 raise ValueError(f"Expected network modules that can be imported in {path}, got {config['_target_']}.")
         for value in config.values():
-            _check_classes(value, path)
+            check_classes(value, path)
     elif isinstance(config, list):
         for value in config:
-            _check_classes(value, path)
+            check_classes(value, path)
 
 
 def new_autoencoder(
@@ -165,7 +165,7 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
         ValueError: see `open_checkpoint`.
     """
     checkpoint = open_checkpoint(path, "autoencoder")
-    _check_classes(checkpoint.config, checkpoint.path)
+    check_classes(checkpoint.config, checkpoint.path)
     model: Autoencoder = build(checkpoint.config, scales=checkpoint_scales(checkpoint))
     checkpoint.load_into(model, ema=True)
     return model.eval()
@@ -233,7 +233,7 @@ def load_dynamics(path: str | Path, max_resident_experts: int | None = None) -> 
         ValueError: see `open_checkpoint` and `LazyExperts`.
     """
     checkpoint = open_checkpoint(path, "dynamics")
-    _check_classes(checkpoint.config, checkpoint.path)
+    check_classes(checkpoint.config, checkpoint.path)
     extra = checkpoint.extra
     conditioning = Conditioning.from_dict(extra["conditioning"])
     experts = extra.get("experts")

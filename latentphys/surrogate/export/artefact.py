@@ -22,7 +22,7 @@ from latentphys.fields import FieldSpec
 from latentphys.grid import Geometry
 from latentphys.rollout import Frame, Parameters
 from latentphys.surrogate.contract import Contract
-from latentphys.surrogate.export.finish import finish, totals_of
+from latentphys.surrogate.export.finish import finish
 from latentphys.surrogate.export.folder import ARRAYS, check
 from latentphys.surrogate.export.functions import NAMES
 from latentphys.surrogate.export.vectors import Functions, differences, flat
@@ -177,7 +177,7 @@ class ArtefactStepper:
         return finish(self._run("decode", latent), self.geometry, self.scale, held)
 
     def totals(self, packed: Float[Tensor, "b f nx ny nz"]) -> dict[str, Float[Tensor, " b"]]:
-        return totals_of(packed, self.geometry, self.scale)
+        return self.scale.totals(packed, self.geometry)
 
     def step(
         self, latents: Float[Tensor, "b k c x y z"], now: Sequence[Parameters], then: Sequence[Parameters]

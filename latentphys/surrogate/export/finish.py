@@ -47,15 +47,3 @@ def finish(
             x = head.exact(field.normalise(x, geometry.grid), geometry, field, total)
         fields.append(x)
     return fields[0] if len(fields) == 1 else torch.cat(fields, dim=1)
-
-
-def totals_of(
-    packed: Float[Tensor, "b f nx ny nz"], geometry: Geometry, scale: FamilyScale
-) -> dict[str, Float[Tensor, " b"]]:
-    """∫ c dV of the conserved scalars among packed fields [unit·m³], by name."""
-    fluid = geometry.fluid.unsqueeze(-4).to(packed.device)
-    return {
-        name: torch.where(fluid, x.double(), 0.0).sum((-4, -3, -2, -1)) * geometry.grid.cell_volume
-        for name, x in scale.split(packed).items()
-        if scale[name].spec.constraint == "conserved"
-    }

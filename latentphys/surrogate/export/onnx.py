@@ -32,9 +32,10 @@ def write(
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ValueError("Expected onnx and onnxscript to write ONNX, got none; install latentphys[export].") from error
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns of operators of packages that are not used
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)  # they tell of packages that are not used, and of what is not folded
     try:
         for name, module in modules.items():
             progress(f"convert {name}")
@@ -49,7 +50,8 @@ def write(
             weights = sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
             program.save(folder / f"{name}.onnx", external_data=weights > _LARGEST)
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def load(folder: Path, names: tuple[str, ...], device: torch.device) -> dict[str, Callable[..., Tensor]]:
