@@ -155,6 +155,11 @@ class PositiveHead(PointwiseHead):
         return scale.size * torch.where(y > 0, 0.5 * (y + root), below)
 
 
+def usual_load(scale: FieldScale, grid: Grid) -> float:
+    """What Σ|value| [unit of the field] is taken for where it is less: it sets the quantum of `ConservedHead`."""
+    return grid.num_cells * (float(scale.profile.abs().amax()) + HEADROOM * scale.size)
+
+
 def _in_fluid(raw: Tensor, geometry: Geometry, scale: FieldScale) -> Tensor:
     """What the network says in the unit of the field, 0.0 in solids."""
     values = scale.denormalise(raw, geometry.grid)
@@ -180,6 +185,5 @@ def _shifted(values: Tensor, sums: Tensor, geometry: Geometry) -> Tensor:
 
 def _quantum(values: Tensor, scale: FieldScale, grid: Grid) -> Float[Tensor, "b 1 1 1 1"]:
     """The power of two of which values become multiples."""
-    usual = grid.num_cells * (float(scale.profile.abs().amax()) + HEADROOM * scale.size)
-    load = values.abs().sum((-3, -2, -1), keepdim=True).clamp(min=usual)
+    load = values.abs().sum((-3, -2, -1), keepdim=True).clamp(min=usual_load(scale, grid))
     return torch.ldexp(torch.ones_like(load), torch.frexp(load).exponent - TOTAL_BITS)

@@ -19,6 +19,7 @@ truth is the store: the solver at full resolution, where the models were trained
     persistence the first state
 
 What is set up once per geometry (compilation, multigrid, trees) is warmed up before the clock starts, for all of them.
+The finish of a state that the solver made runs on the CPU.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from latentphys.grid import Geometry
 from latentphys.resolution import coarsen, prolong, restrict
 from latentphys.surrogate import Models
 from latentphys.surrogate.export import open_artefact
+from latentphys.surrogate.models import checkpoint_digest
 from latentphys.surrogate.protocol import Factory, Stepper
 from latentphys.training.models import build
 from latentphys.transformer.conditioning import store_parameters
@@ -87,9 +89,9 @@ def compiled(path: Path, device: str) -> Models:
 def exported(checkpoint: Path, flow: Flow, form: str, work: Path, device: str) -> Factory:
     """The artefact of a flow's geometry, made where it is not there yet."""
     out = work / f"{form}-{flow.store.family}-{0 if flow.geometry.is_empty else flow.trajectory}"
-    if not out.is_dir():
+    if not (out.is_dir() and open_artefact(out, device).digest == checkpoint_digest(checkpoint)):
         source = ["--store", str(flow.store.path), "--trajectory", str(flow.trajectory)]
-        if latentphys(["export", str(checkpoint), str(out), "--to", form, "--device", device, *source]):
+        if latentphys(["export", str(checkpoint), str(out), "--to", form, "--device", device, "--overwrite", *source]):
             raise ValueError(f"Expected the export of {checkpoint} to {form} to succeed, got an error; see above.")
     return open_artefact(out, device)
 
@@ -146,13 +148,14 @@ class Numerical:
         self.flow, self.factor, self.interval = flow, factor, family.interval
         self.geometry = coarsen(flow.geometry, factor) if factor > 1 else flow.geometry
         drawn = stack([family.draw(seed, flow.trajectory)])
-        self._solver = partial(family.solver, self.geometry, drawn, device=device, compiled=True)
+        self._solver = family.solver(self.geometry, drawn, device=device, compiled=True)
         self.run(1, 1e-3)
 
     def run(self, num_intervals: int, share: float = 1.0) -> Tensor:
         """The flux on the store's cells after some intervals, or a share of each, from the first frame [m³/s]."""
-        solver, flux, grid = self._solver(), self.flow.flux(0), self.flow.geometry.grid
+        solver, flux, grid = self._solver, self.flow.flux(0), self.flow.geometry.grid
         fields = solver.working({"velocity": (restrict(flux, grid, self.factor) if self.factor > 1 else flux)[None]})
+        solver.remember({})
         for n in range(num_intervals):
             fields = solver.advance(fields, n * self.interval, share * self.interval)
         flux = exact.conserve(flux=fields["velocity"][0].cpu(), geometry=self.geometry)

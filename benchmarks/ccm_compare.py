@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from ccm_errors import BANK, Trials
 from ccm_models import PREFIX, Models
@@ -130,18 +131,11 @@ def within(alpha: float) -> float:
     return min(max(alpha, BANK[0]), BANK[-1])
 
 
-def line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-    """Intercept and slope of the straight line through some points, by least squares."""
-    columns = torch.tensor([[1.0, value] for value in x], dtype=torch.float64)
-    fit = torch.linalg.lstsq(columns, torch.tensor(y, dtype=torch.float64)[:, None]).solution
-    return float(fit[0]), float(fit[1])
-
-
 def by_others(x: float, errors: Mapping[float, Tensor]) -> float:
     """α at x, on the straight line through the best α of all other targets."""
     others = [target for target in errors if target != x]
-    a, b = line(others, [best(errors[target]) for target in others])
-    return within(a + b * x)
+    b, a = np.polyfit(others, [best(errors[target]) for target in others], 1)
+    return within(float(a + b * x))
 
 
 def other_scale(problem: Problem, x: float) -> float:

@@ -38,7 +38,7 @@ class Vortices(DrivenFlow):
         return {"viscosity": self.viscosity}
 
     def initial(self, geometry: Geometry | Sphere, parameters: Mapping[str, Any], seed: int, trajectory: int) -> Fields:
-        """A flow of 1 m/s whose stream function has the modes 2 ≤ |k| ≤ 6, energy falling as |k|⁻¹ per mode."""
+        """A flow of this RMS speed whose stream function has the modes 2 ≤ |k| ≤ 6, energy as |k|⁻¹ per mode."""
         assert isinstance(geometry, Geometry)
         grid = geometry.grid
         k = torch.meshgrid(*(torch.fft.fftfreq(n, 1 / n, dtype=torch.float64) for n in grid.shape[:2]), indexing="ij")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from ccm_models import DEFAULT
 from ccm_problems import PROBLEMS
 from ccm_stores import POINTS, TARGETS
 from machine import Results
+from safetensors.torch import load_file
 
 GROUPS = {"in": [x for x in TARGETS if abs(x) < 1], "out": [x for x in TARGETS if abs(x) > 1]}
 PUBLISHED = {"reaction_diffusion": 54.2, "navier_stokes": 42.8}
@@ -82,7 +83,7 @@ def _variations(name: str, found: Sequence[Found], results: Results, about: Mapp
 
 def _between_seeds(found: Sequence[Found]) -> dict[str, float]:
     """The largest cosine, without its sign, between the Δ₋ of two seeds, which have anchors of their own."""
-    vectors = [torch.load(one["direction"], weights_only=True) for one in found]
+    vectors = [load_file(one["direction"])["direction"] for one in found]
     pairs = [(a, b) for n, a in enumerate(vectors) for b in vectors[:n]]
     cosines = [abs(float(torch.nn.functional.cosine_similarity(a, b, dim=0))) for a, b in pairs]
     return {"cosine_between_seeds_max": max(cosines)} if cosines else {}
@@ -153,8 +154,8 @@ def _panel(axes: Any, found: Sequence[Found]) -> None:
         axes.fill_between(bank, curves.amin(0), curves.amax(0), color=color, alpha=0.15, linewidth=0)
         axes.plot(bank, middle, color=color, label=key, linewidth=1.2)
         for method, marker in (("coordinate", "o"), ("prefix", "^")):
-            alpha = mean(one["alphas"][method][key] for one in found)
-            height = mean(one["errors"][method][key] / one["errors"]["anchor"][key] for one in found)
+            alpha = median(one["alphas"][method][key] for one in found)
+            height = median(one["errors"][method][key] / one["errors"]["anchor"][key] for one in found)
             axes.plot(alpha, height, marker, color=color, markersize=6, markerfacecolor="none")
     axes.axhline(1.0, color=GREY, linewidth=0.6, linestyle=":")
     axes.set_yscale("log")

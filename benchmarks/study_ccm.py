@@ -25,9 +25,12 @@ Targets lie between the endpoints (``in``) and beyond (``out``).
     tuned on prefix      θ₀ fine-tuned on the observed steps of the test trajectories
     tuned on target      θ₀ fine-tuned on other trajectories of the target, as long as an endpoint
 
+The scales that give α are held within the bank, −3…3.
+
 Seeds change trajectories, initial weights and the order of batches. Endpoints are also trained by other learning rates,
 numbers of steps, order of batches and optimiser: the cosine of their Δ₋ with the default one's, and their errors. What
-is already in ``--work`` is not made again. At the end one composite checkpoint is written, rolled out and validated.
+is already in ``--work`` is not made again: with other constants, take another folder. At the end one composite
+checkpoint is written, rolled out and validated.
 """
 
 from __future__ import annotations
@@ -50,6 +53,7 @@ from ccm_problems import PROBLEMS
 from ccm_report import draw, report
 from ccm_stores import START, STEPS, TARGETS, make_autoencoder
 from machine import Results, parser
+from safetensors.torch import save_file
 
 from latentphys.composition import compose
 from latentphys.data import open_store
@@ -79,8 +83,8 @@ def _study(name: str, seed: int, steps: tuple[int, int], work: Path, is_varied: 
     composite = models.composite()
     compared = Comparison(models, composite)
     compared.run()
-    delta, path = direction(composite), models.runs / "direction.pt"
-    torch.save(delta, path)
+    delta, path = direction(composite), models.runs / "direction.safetensors"
+    save_file({"direction": delta}, path)
     figures: dict[str, Any] = {
         "errors": compared.errors,
         "alphas": compared.alphas,
@@ -135,9 +139,9 @@ def validated(name: str, steps: tuple[int, int], work: Path) -> dict[str, Any]:
         checkpoint=str(path),
         overwrite=True,
     )
-    report = validate(open_store(out), source)
+    found = validate(open_store(out), source)
     names = ("net_flux_max", "solid_flux_max", "vrmse_1_step", "vrmse_rollout")
-    return {n: report[n].value for n in names} | {"verdict": report["net_flux_max"].verdict, "alpha": x}
+    return {n: found[n].value for n in names} | {"verdict": found["net_flux_max"].verdict, "alpha": x}
 
 
 def main() -> None:

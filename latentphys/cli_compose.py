@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 Add = Callable[..., argparse.ArgumentParser]
+FRAMES = 4
+"""How many frames are scored, where nobody says it."""
 
 EXAMPLES = """θ(α) = θ₀ + Δ₊ + α Δ₋: the anchor θ₀, half the sum Δ₊ and half the difference Δ₋ of what both ends learnt.
 α = −1 is LOW, +1 is HIGH, 0 their mean, and what lies beyond is extrapolation.
@@ -34,9 +36,8 @@ def compose(arguments: argparse.Namespace) -> int:
     from latentphys.composition.sources import open_relatives
     from latentphys.progress import progress_bar
 
-    anchor, low, high = arguments.anchor, arguments.low, arguments.high
     _check(arguments)
-    sources = open_relatives(anchor, low, high)
+    anchor, low, high = sources = open_relatives(arguments.anchor, arguments.low, arguments.high)
     check_out(arguments.out, sources, arguments.overwrite)
     with progress_bar() as bar, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", UserWarning)
@@ -71,15 +72,16 @@ def _choice(arguments: argparse.Namespace, sources: Any, bar: Any) -> Any:
     if arguments.metadata is not None:
         name, value = arguments.metadata
         return from_metadata(sources, name, value, map, arguments.low_at, arguments.high_at)
-    if arguments.scale is not None and len(arguments.calibrate) == 1 and _is_fit(arguments.calibrate[0]):
+    if arguments.scale is not None and _is_fit(arguments.calibrate[0]):
         name, value = arguments.scale
         fit = Fit.read(arguments.calibrate[0], sources)
         if name != fit.parameter:
             raise ValueError(f"Expected --scale {fit.parameter}=…, which the fit is of, got {name!r}.")
         return fit.choice(value)
-    anchor, low, high = (source.path for source in sources)
+    anchor, low, high = sources
     model = CompositeModel(anchor, low, high, _device(arguments.device))
-    bank, some, frames = arguments.bank or BANK, arguments.trajectories, arguments.frames
+    bank, some = arguments.bank or BANK, arguments.trajectories
+    frames = FRAMES if arguments.frames is None else arguments.frames
     line = bar.add_task("score", total=None)
 
     def show(done: int) -> None:
@@ -101,6 +103,7 @@ def _check(arguments: argparse.Namespace) -> None:
         "low_at": ("metadata",),
         "high_at": ("metadata",),
         "calibrate": ("scale",),
+        "frames": ("prefix", "scale"),
         "trajectories": ("prefix", "scale"),
         "bank": ("prefix", "scale"),
     }
@@ -108,8 +111,29 @@ def _check(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) is not None and way not in ways:
             options = " or ".join(f"--{w}" for w in ways)
             raise ValueError(f"Expected --{name.replace('_', '-')} with {options} only, got it with --{way}.")
-    if way == "scale" and not arguments.calibrate:
+    if way == "scale":
+        _check_calibration(arguments)
+    if way in ("prefix", "scale"):
+        from latentphys.training import pictures
+
+        pictures.check()
+
+
+def _check_calibration(arguments: argparse.Namespace) -> None:
+    """Refuse no flows to calibrate with, and a fit with options or flows that it makes no use of."""
+    paths = arguments.calibrate
+    if not paths:
         raise ValueError("Expected --calibrate STORE … beside --scale, got none: the flows that the map is fitted to.")
+    fits = [path for path in paths if _is_fit(path)]
+    if not fits:
+        return
+    if len(paths) > 1:
+        raise ValueError(
+            f"Expected a fit alone with --calibrate, got {fits[0]} among {len(paths)} paths; give the fit, or stores."
+        )
+    for name in ("map", "frames", "trajectories", "bank"):
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"Expected --{name} with stores to calibrate with only, got it with the fit of {fits[0]}.")
 
 
 def _is_fit(path: str) -> bool:
@@ -128,9 +152,11 @@ def _device(name: str) -> str:
 def _named(text: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
     try:
-        return name.strip(), float(value)
+        if name.strip():
+            return name.strip(), float(value)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"Expected NAME=VALUE such as viscosity=0.03, got {text!r}.") from None
+        pass
+    raise argparse.ArgumentTypeError(f"Expected NAME=VALUE such as viscosity=0.03, got {text!r}.")
 
 
 def add_verbs(verb: Add) -> None:
@@ -162,7 +188,7 @@ def add_verbs(verb: Add) -> None:
     sub.add_argument(
         "--calibrate", nargs="+", metavar="STORE", help="flows at several values, or one composition that has the fit"
     )
-    sub.add_argument("--frames", type=int, default=4, metavar="K", help="first frames to score (default %(default)s)")
+    sub.add_argument("--frames", type=int, metavar="K", help=f"first frames to score (default {FRAMES})")
     sub.add_argument("--trajectories", type=int, nargs="+", metavar="N", help="which of the flows (default: all)")
     sub.add_argument(
         "--bank",
@@ -171,6 +197,11 @@ def add_verbs(verb: Add) -> None:
         metavar="A",
         help="alphas to score before the refinement (default −2…2 by 0.25)",
     )
-    sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one")
+    sub.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where to score: auto is a GPU where there is one",
+    )
     sub.add_argument("--json", action="store_true", help="print what composition.json says")
     sub.add_argument("--overwrite", action="store_true", help="replace OUT, at the end")

@@ -30,7 +30,9 @@ def describe(path: str | Path) -> dict[str, Any]:
     """
     folder = Path(path)
     if not folder.exists():
-        raise ValueError(f"Expected a store, a checkpoint or a run directory, got {folder}, which does not exist.")
+        raise ValueError(
+            f"Expected a store, a checkpoint, a run directory or an artefact, got {folder}, which does not exist."
+        )
     if (folder / "zarr.json").is_file():
         return _store(folder)
     if (folder / "artefact.json").is_file():

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from latentphys.autoencoders import Autoencoder
 from latentphys.data import Store, create_store
+from latentphys.data.regimes import chosen_trajectories
 from latentphys.grid import Geometry
 from latentphys.routers.telemetry import routing_map
 from latentphys.transformer.conditioning import latent_geometry, store_parameters
@@ -153,9 +154,7 @@ def rollout_store(
         raise ValueError(
             f"Expected another path than the store's own, got {out}; the rollout would replace its reference."
         )
-    chosen = list(trajectories)
-    if not chosen or not set(chosen) <= set(range(len(store))):
-        raise ValueError(f"Expected trajectories from 0 to {len(store) - 1} of {store.path}, got {chosen}.")
+    chosen = chosen_trajectories(store, trajectories)
     stride = num_intervals(store, dynamics.interval(store.family))
     first = start - (dynamics.num_frames - 1) * stride
     if num_steps < 1 or first < 0 or start + num_steps * stride >= store.num_times:

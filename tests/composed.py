@@ -1,6 +1,7 @@
 """Checkpoints near one another, as fine-tuning makes them, in no time."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +45,14 @@ def rewrite(folder: Path, tensors: dict[str, torch.Tensor] | None = None, **chan
     (folder / "ema.safetensors").unlink(missing_ok=True)
     manifest.seal(folder, {**about, "averaged": [], **changed, "extra": extra})
     return folder
+
+
+def write_files(folder: Path, *three: Mapping[str, torch.Tensor]) -> tuple[Path, Path, Path]:
+    """Write the tensors of anchor, low and high endpoint; their files."""
+    paths = folder / "anchor.safetensors", folder / "low.safetensors", folder / "high.safetensors"
+    for path, tensors in zip(paths, three, strict=True):
+        save_file(dict(tensors), path)
+    return paths
 
 
 def build_three(road: Road, folder: Path) -> Three:

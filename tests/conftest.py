@@ -25,6 +25,7 @@ from hypothesis import settings  # noqa: E402
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from composed import Three
     from small import Road
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -51,6 +52,14 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> "Road":
     from small import build_road  # not above: the shapes of what it imports must be checked
 
     return build_road(tmp_path_factory.mktemp("road"))
+
+
+@pytest.fixture(scope="session")
+def three(road: "Road", tmp_path_factory: pytest.TempPathFactory) -> "Three":
+    """The dynamics of `road` and two endpoints near it; read-only."""
+    from composed import build_three
+
+    return build_three(road, tmp_path_factory.mktemp("three"))
 
 
 @pytest.fixture(scope="session")

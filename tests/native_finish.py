@@ -34,7 +34,8 @@ class Library:
         self.call = ctypes.CDLL(str(path))
         self.call.latentphys_finish_create.restype = ctypes.c_void_p
         self.call.latentphys_finish_net_flux_max.restype = ctypes.c_double
-        for name in ("latentphys_error", "describe_safetensors", "describe_artefact"):
+        self.call.sum_of.restype = ctypes.c_double
+        for name in ("latentphys_error", "describe_safetensors", "describe_artefact", "keep_sum"):
             getattr(self.call, name).restype = ctypes.c_char_p
 
     def create(
@@ -59,8 +60,15 @@ class Library:
     def keep_sum(self, values: Tensor, solid: Tensor, total: float, load: float) -> Tensor:
         kept, voxels = values.numpy().copy(), solid.numpy().astype(np.uint8)
         pointers = (x.ctypes.data_as(ctypes.c_void_p) for x in (kept, voxels))
-        self.call.keep_sum(*pointers, ctypes.c_int64(kept.size), ctypes.c_double(total), ctypes.c_double(load))
+        numbers = ctypes.c_int64(kept.size), ctypes.c_double(total), ctypes.c_double(load)
+        if error := self.call.keep_sum(*pointers, *numbers):
+            raise ValueError(error.decode())
         return torch.from_numpy(kept)
+
+    def sum_of(self, values: Tensor, solid: Tensor) -> float:
+        arrays = values.numpy(), solid.numpy().astype(np.uint8)
+        pointers = (x.ctypes.data_as(ctypes.c_void_p) for x in arrays)
+        return float(self.call.sum_of(*pointers, ctypes.c_int64(values.numel())))
 
 
 class Finish:

@@ -10,9 +10,10 @@ import torch
 from small import Road
 
 from latentphys import operators
+from latentphys.data import Store
 from latentphys.fields import State
 from latentphys.grid import PERIODIC, Grid
-from latentphys.surrogate import Alarm, AlarmError, AlarmWarning, Models, Surrogate
+from latentphys.surrogate import Alarm, AlarmError, AlarmWarning, Models, Reading, Surrogate
 from latentphys.surrogate.measures import energy, latent_moments, roughness
 
 FAMILY = "open_channel"
@@ -133,11 +134,34 @@ def test_it_rings_in_the_step_that_goes_wrong(road: Road, models: Models, alarm:
     assert torch.equal(state.velocity, quiet.step(quiet.init(held_out(road)), num_steps=2).velocity)
 
 
-def test_numbers_that_are_none_ring(road: Road, models: Models) -> None:
-    """A flow that comes from rest has no ratio of energies."""
-    surrogate = Surrogate(models, alarm=Alarm(FAMILY, {"energy_change": (0.0, 1e9)}))
-    with pytest.warns(AlarmWarning, match="energy_change nan"):
-        surrogate.init(held_out(road).with_fields(velocity=torch.zeros_like(held_out(road).velocity)))
+def at_rest(state: State) -> State:
+    return state.with_fields(velocity=torch.zeros_like(state.velocity))
+
+
+def test_a_flow_that_leaves_rest_rings(road: Road, models: Models) -> None:
+    """From outside it has not changed; an interval later its energy is infinitely more."""
+    surrogate = Surrogate(models, alarm=Alarm(FAMILY, {"energy_change": (0.0, 1e9)}), on_alarm="raise")
+    state = surrogate.init(at_rest(held_out(road)))
+    assert surrogate.reading is not None and surrogate.reading.values["energy_change"] == (0.0,)
+    state = surrogate.init(state.with_fields(velocity=0 * state.velocity))
+    with pytest.raises(AlarmError, match="energy_change inf"):
+        surrogate.step(at_rest(state))
+
+
+def test_numbers_that_are_none_ring() -> None:
+    assert Reading(0.0, {"energy": (math.nan, 1.0)}, {"energy": (-math.inf, math.inf)}).rings == (("energy",), ())
+
+
+def test_flows_at_rest_set_no_limit_on_changes(road: Road, models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first snapshot at rest has no ratio of energies; where no flow has one there is nothing to calibrate with."""
+    store, read = road.store(FAMILY), Store.read
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "read", lambda self, name, i, n: (n > 0) * read(self, name, i, n))
+        fitted = Alarm.fit(models, store, [0, 1, 2])
+    assert 0 < fitted.limits["energy_change"][1] < math.inf and fitted.limits["energy"][0] == 0.0
+    monkeypatch.setattr(store, "num_times", 1)
+    with pytest.raises(ValueError, match=r"with two snapshots in motion one interval apart, got none in \[0, 1, 2\]"):
+        Alarm.fit(models, store, [0, 1, 2])
 
 
 def test_without_a_calibration_it_finds_gross_errors_only(road: Road, models: Models) -> None:
@@ -185,6 +209,18 @@ def test_the_fallback_repeats_the_interval(road: Road, models: Models, alarm: Al
     assert surrogate.restore(token).time == 0.0 and surrogate.num_fallbacks == 0
     calls[0].velocity.zero_()  # the solver's copy is its own
     assert float(surrogate.restore(token).velocity.abs().max()) > 0
+
+
+def test_what_the_fallback_returns_is_read_anew(road: Road, models: Models, alarm: Alarm) -> None:
+    """The same fields an interval later, now with a viscosity far from training's."""
+    never = replace(alarm, limits={"energy_change": (0.0, 0.0), "parameters": alarm.limits["parameters"]})
+    surrogate = Surrogate(models, alarm=never, fallback=lambda state, duration: state)
+    start = surrogate.init(held_out(road))
+    high = {**start.parameters, "viscosity": 10 * start.parameters["viscosity"]}
+    state = surrogate.step(start, parameters=lambda t: start.parameters if t == 0.0 else high)
+    assert surrogate.num_fallbacks == 1 and torch.equal(state.velocity, start.velocity)
+    assert surrogate.reading is not None and surrogate.reading.time == state.time == pytest.approx(0.012)
+    assert surrogate.reading.rings == (("parameters",),)
 
 
 def test_where_all_is_quiet_the_fallback_is_not_called(road: Road, models: Models, alarm: Alarm) -> None:
@@ -254,7 +290,7 @@ def test_limits_and_models_that_do_not_fit_are_refused(road: Road, models: Model
         ValueError, match=r"for the model with the SHA-256 \w{12}…, got one for abc…; calibrate one with"
     ):
         Surrogate(models, alarm=replace(alarm, digest="abc"))
-    with pytest.raises(ValueError, match="on_alarm of warn | raise, got 'ignore'"):
+    with pytest.raises(ValueError, match=r"on_alarm of warn \| raise, got 'ignore'"):
         Surrogate(models, on_alarm="ignore")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a flow of the alarm's family 'open_channel', got 'porous'"):
         Surrogate(models, alarm=alarm).init(road.store("porous")[0, 0])

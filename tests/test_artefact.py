@@ -181,8 +181,13 @@ def test_refuses_another_flow_or_device(torchscript: Path, road: Road) -> None:
         artefact.stepper(geometry, "open_channel")
     with pytest.raises(ValueError, match="Expected the solids this artefact was exported for, got others in"):
         artefact.stepper(road.store("porous").geometry(1), "porous")
-    with pytest.raises(ValueError, match="Expected the grid this artefact was exported for"):
-        artefact.stepper(Geometry(Grid((32, 16, 16), geometry.grid.spacing)), "porous")
+    shape, spacing = geometry.grid.shape, geometry.grid.spacing
+    with pytest.raises(ValueError, match="the grid this artefact was exported for, .* 16 cells along x, got 32"):
+        artefact.stepper(Geometry(Grid((32, 16, 16), spacing)), "porous")
+    near, far = (Grid(shape, (spacing[0] * f, spacing[1], spacing[2])) for f in (1 + 1e-6, 1.01))
+    assert artefact.stepper(Geometry(near, geometry.solid), "porous").geometry.grid == near
+    with pytest.raises(ValueError, match="the grid this artefact was exported for, .* a spacing of .* along x"):
+        artefact.stepper(Geometry(far, geometry.solid), "porous")
     with pytest.raises(ValueError, match="Expected the one geometry .* got a batch of geometries"):
         artefact.stepper(Geometry.stack([geometry, geometry]), "porous")
     with pytest.raises(ValueError, match="Expected the device that .* was exported for, 'cpu', got 'cuda'"):

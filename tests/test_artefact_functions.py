@@ -17,13 +17,13 @@ from latentphys.autoencoders import Autoencoder, FamilyScale, FieldScale
 from latentphys.autoencoders.conservative import ConservativeAutoencoder
 from latentphys.autoencoders.heads import Heads
 from latentphys.autoencoders.helmholtz import PotentialHead, RieszHead
-from latentphys.fields import VELOCITY, FieldSpec
+from latentphys.fields import VELOCITY, FieldSpec, State
 from latentphys.grid import Boundaries, Geometry, Grid
 from latentphys.rollout import LatentStepper
 from latentphys.routers import DenseRouter, Nested, RandomRouter, SemanticTop1, TopK, TreeRouter
 from latentphys.surrogate.contract import Quantity
-from latentphys.surrogate.export import torchscript
-from latentphys.surrogate.export.finish import finish, totals_of
+from latentphys.surrogate.export import export, open_artefact, torchscript, writing
+from latentphys.surrogate.export.finish import finish
 from latentphys.surrogate.export.functions import NAMES, Scaling, functions
 from latentphys.surrogate.export.vectors import flat
 from latentphys.surrogate.models import Models
@@ -152,8 +152,10 @@ def test_encode_decode_and_finish_are_the_models_for_every_kind_of_field(solids:
     encode, decode = exported(modules["encode"], x), exported(modules["decode"], torch.zeros(1, 6, 2, 2, 3))
     z = stepper.encode(y)
     assert relative(encode(y), z) < 1e-6
-    totals = totals_of(y, geometry, scale)
-    assert set(totals) == {"dye"} and torch.equal(totals["dye"], stepper.totals(y)["dye"])
+    totals = stepper.totals(y)
+    assert set(totals) == {"dye"}
+    inside = y[:, scale.channels["dye"]].sum((1, 2, 3, 4)) * GRID.cell_volume
+    torch.testing.assert_close(totals["dye"], inside, rtol=1e-12, atol=0.0)
     got, want = finish(decode(z), geometry, scale, totals), stepper.decode(z, totals)
     for name, where in scale.channels.items():
         assert relative(got[:, where], want[:, where]) < 1e-6, name
@@ -164,6 +166,47 @@ def test_encode_decode_and_finish_are_the_models_for_every_kind_of_field(solids:
     assert not decode(z)[:, scale.channels["dye"]][:, 0, ~geometry.fluid].any()
     free = finish(decode(z), geometry, scale)[:, scale.channels["dye"]]
     assert float(free.sum()) != float(dye.sum())
+
+
+def flow(scale: FamilyScale, geometry: Geometry) -> State:
+    return State(scale.unpack(packed(scale, geometry)[0]), geometry, 0.0, NOW, "flow")
+
+
+def test_test_vectors_keep_the_totals_of_their_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the finish is compared with is the model's own decode, and not what a decode alone amounts to."""
+    made, geometry = models((VELOCITY, FieldSpec("dye", "scalar", "kg/m3", "conserved"))), box(solids=True)
+    scale = made.autoencoder.scale("flow")
+    state = flow(scale, geometry)
+    path = export(made, [state], tmp_path / "out", to="torchscript")
+    artefact = open_artefact(path)
+    vectors = artefact.arrays
+    (held,), (said,), (free,) = (
+        scale.totals(x, geometry)["dye"]
+        for x in (vectors["test.fields"], vectors["test.finished"], finish(vectors["test.decoded"], geometry, scale))
+    )
+    assert float(said) == pytest.approx(float(held), rel=1e-12) and float(free) != pytest.approx(float(held), rel=1e-3)
+    stepper = artefact.stepper(geometry, "flow")
+    got = stepper.decode(stepper.encode(vectors["test.fields"]), stepper.totals(vectors["test.fields"]))
+    for where in scale.channels.values():
+        assert relative(got[:, where], vectors["test.finished"][:, where]) < 1e-5
+    monkeypatch.setattr(writing, "finish", lambda *arguments: 1.01 * finish(*arguments))
+    with pytest.raises(ValueError, match="Expected a finished decode within 0.001 of the model's, got .* cannot be"):
+        export(made, [state], tmp_path / "other", to="torchscript")
+
+
+def test_states_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
+    made, geometry = models(), box(solids=True)
+    state = flow(made.autoencoder.scale("flow"), geometry)
+    for states, then, message in (
+        ([], None, "Expected at least one state to export with, got none"),
+        ([state, replace(state, family="pipe")], None, "one family and parameters, 'flow' and .* got 'pipe'"),
+        ([state, replace(state, parameters={})], None, r"and \['force', 'viscosity'\], got 'flow' and \[\]"),
+        ([state, replace(state, place=box(solids=False))], None, "Expected states in one geometry, got several"),
+        ([state, state], [NOW], "Expected parameters Δt later of each of 2 states, got 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export(made, states, tmp_path / "out", to="torchscript", then=then)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_potential_head_leaves_as_its_curl() -> None:

@@ -7,16 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from composed import Three, build_three, endpoint, rewrite, same
+from composed import Three, endpoint, rewrite, same
 from safetensors import safe_open
 from safetensors.torch import load_file
 from small import Road, configuration
 
-from latentphys.composition import (
-    Choice,
-    CompositeModel,
-    compose,
-)
+from latentphys.composition import Choice, CompositeModel, compose
 from latentphys.composition.sources import fixed_names
 from latentphys.data import open_store
 from latentphys.info import describe
@@ -34,11 +30,6 @@ KINDS = {
     "fourier": ["dynamics.mixer=fourier"],
     "tree": ["router=tree", "dynamics.routing=function"],
 }
-
-
-@pytest.fixture(scope="module")
-def three(road: Road, tmp_path_factory: pytest.TempPathFactory) -> Three:
-    return build_three(road, tmp_path_factory.mktemp("three"))
 
 
 def weights(dynamics: Dynamics) -> dict[str, torch.Tensor]:
@@ -83,7 +74,7 @@ def test_every_architecture_composes_and_keeps_its_endpoints_and_routers(road: R
         if end is not None:
             assert same(composed, weights(load_dynamics(end)[0]))
         moved = {name for name in before if not torch.equal(before[name], composed[name])}
-        assert fixed_names(found if kind == "moe" else open_checkpoint(anchor)).isdisjoint(moved)
+        assert fixed_names(open_checkpoint(anchor)).isdisjoint(moved)
         assert moved == {name for name, _ in dynamics.named_parameters() if ".router." not in name}
 
 
@@ -164,18 +155,14 @@ def test_what_is_no_relative_is_refused(road: Road, three: Three, tmp_path: Path
             compose(anchor, low, high, tmp_path / "composite", 0.5)
         assert not list(tmp_path.glob("*composite*"))
 
-    config, extra, tensors = (
-        open_checkpoint(low).config,
-        open_checkpoint(low).extra,
-        load_file(low / "model.safetensors"),
-    )
-    refused(
-        "Expected a checkpoint of kind 'dynamics', as .*, got one of kind 'autoencoder'", anchor, low, road.autoencoder
-    )
+    found, tensors = open_checkpoint(low), load_file(low / "model.safetensors")
+    config, extra = found.config, found.extra
+    kinds = "Expected a checkpoint of kind 'dynamics', as .*, got one of kind 'autoencoder' .*; give an anchor and"
+    refused(kinds, anchor, low, road.autoencoder)
     deeper = other("deeper", config={**config, "depth": 3})
     refused("another configuration in .*deeper: depth is 3 and not 2", anchor, deeper, high)
     slower = other("slower", extra={"intervals": {**extra["intervals"], "porous": 1.0}})
-    refused(r"another set of scales in .*slower: intervals.porous is 1.0 and not", anchor, low, slower)
+    refused(r"another description in .*slower: intervals.porous is 1.0 and not", anchor, low, slower)
     families = other("families", extra={"intervals": {"porous": extra["intervals"]["porous"]}})
     refused(r"families: intervals.open_channel is '\(none\)' and not", anchor, low, families)
     name = "transformer.blocks.0.feed_forward.router.bias_E"

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from composed import Three, build_three
+from composed import Three
 from small import Road
 
 from latentphys.composition import (
@@ -22,11 +22,7 @@ from latentphys.composition import (
     search,
 )
 from latentphys.composition.sources import open_relatives
-
-
-@pytest.fixture(scope="module")
-def three(road: Road, tmp_path_factory: pytest.TempPathFactory) -> Three:
-    return build_three(road, tmp_path_factory.mktemp("three"))
+from latentphys.rollout import Frame, LatentStepper
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +68,14 @@ def test_endpoints_that_do_not_say_where_they_were_trained(three: Three) -> None
         {"a": {"viscosity": at}, "b": {"viscosity": {**at, "mean": 1.0}}},
     )
     refused("values that have no logarithm; pass --low-at", {"porous": {"viscosity": at}}, "log")
+    refused("one that is not finite; pass --low-at", {"porous": {"viscosity": {**at, "mean": float("nan")}}})
 
 
 def test_far_extrapolation_is_warned_of() -> None:
     with pytest.warns(UserWarning, match="alpha = 2.5 is far beyond the endpoints"):
         assert Choice(2.5, "given").range == "extrapolation, 2.5 × as far as the endpoints"
     assert Choice(-1.0, "given").range == "interpolation"
-    with pytest.raises(ValueError, match="Expected a finite alpha, got nan"):
+    with pytest.raises(ValueError, match="Expected a finite alpha, got nan. Give a number"):
         Choice(float("nan"), "given")
 
 
@@ -146,10 +143,20 @@ def test_searches_that_say_nothing_are_refused_or_warned_of(
         search(model, prefix)
 
 
-def test_rollouts_that_blow_up_count_as_infinitely_bad(road: Road, model: CompositeModel) -> None:
+def test_rollouts_that_blow_up_count_as_infinitely_bad(
+    road: Road, model: CompositeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prefix = Prefix.read(model, road.store("porous"), [0], frames=2)
     (stepper, latents, parameters), about = prefix.batches[0], prefix.about
     assert score(model, Prefix([(stepper, latents * float("nan"), parameters)], about), 0.0) == float("inf")
+    prefix, steps, step = Prefix.read(model, road.store("porous"), [0], frames=5), [], LatentStepper.step
+
+    def blows_up(*arguments: Any) -> Frame:
+        steps.append(1)
+        return step(*arguments)._replace(latent=arguments[1][:, -1] * float("inf"))
+
+    monkeypatch.setattr(LatentStepper, "step", blows_up)
+    assert score(model, prefix, 0.0) == float("inf") and len(steps) == 1  # what comes later cannot make it finite
 
 
 @pytest.mark.parametrize("map", ["linear", "log"])
@@ -172,12 +179,16 @@ def test_a_scale_fits_a_known_map(road: Road, model: CompositeModel, monkeypatch
     assert [p["trajectories"] for p in fit.points] == [[i] for i in np.argsort(viscosity)]
     choice = fit.choice(0.02)
     assert choice.how == "scale" and choice.alpha == pytest.approx(truth(0.02), abs=0.02)
-    with pytest.raises(ValueError, match="one number for each trajectory, .*'viscosity'.*, got 'force'"):
+    with pytest.raises(ValueError, match="one number for each trajectory, .*'viscosity'.*, got 'force'. Name one"):
         calibrate(model, [store], "force")
     with pytest.raises(ValueError, match="at two or more values of 'viscosity', got 1; add stores"):
         calibrate(model, [store], "viscosity", trajectories=[1], bank=[-2, 0, 2])
     with pytest.raises(ValueError, match=r"trajectories from 0 to 3 of .*, got \[9\]"):
         calibrate(model, [store], "viscosity", trajectories=[9])
+    other = road.store("porous")
+    other.attributes["parameter_units"] = {**other.attributes["parameter_units"], "viscosity": "cm²/s"}
+    with pytest.raises(ValueError, match="one unit of 'viscosity' in all stores, got .*cm²/s.*Convert them to one"):
+        calibrate(model, [store, other], "viscosity")
 
 
 def test_least_squares() -> None:

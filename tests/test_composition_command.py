@@ -6,21 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from composed import Three, build_three, same
+import torch
+from composed import Three, endpoint, same
 from safetensors.torch import load_file
 from small import Road, train
 
 from latentphys.cli import main
-from latentphys.composition import (
-    coordinate,
-)
-from latentphys.training import checkpoint, open_checkpoint
-
-
-@pytest.fixture(scope="module")
-def three(road: Road, tmp_path_factory: pytest.TempPathFactory) -> Three:
-    return build_three(road, tmp_path_factory.mktemp("three"))
-
+from latentphys.composition import Choice, CompositeModel, compose, coordinate
+from latentphys.training import checkpoint, open_checkpoint, pictures
 
 Command = Callable[..., Any]
 
@@ -64,7 +57,9 @@ def test_the_command(road: Road, command: Command, tmp_path: Path) -> None:
     assert (tmp_path / "t" / "composition.png").is_file()
 
 
-def test_the_command_refuses(road: Road, command: Command, three: Three, tmp_path: Path) -> None:
+def test_the_command_refuses(
+    road: Road, command: Command, three: Three, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def said(*options: object) -> str:
         return command(*options, out="no", status=2)[1]
 
@@ -73,6 +68,7 @@ def test_the_command_refuses(road: Road, command: Command, three: Three, tmp_pat
     assert "--low-at with --metadata only" in said(f"--prefix={porous}", "--low-at=1")
     assert "Expected --calibrate STORE … beside --scale" in said("--scale=viscosity=1")
     assert "pass --low-at" in said("--metadata=salinity=1")
+    assert "Expected --frames with --prefix or --scale only, got it with --alpha" in said("--alpha=0", "--frames=4")
     assert "Expected a finite alpha, got nan" in said("--alpha=nan")
     assert "Expected a store at" in said("--prefix=nothing.zarr")
     command("--alpha=0", out="plain")
@@ -86,10 +82,62 @@ def test_the_command_refuses(road: Road, command: Command, three: Three, tmp_pat
     fit_file.write_text(json.dumps({**about, "found": fit}))
     told = said("--scale=depth=1", f"--calibrate={fit_file}")
     assert "Expected --scale viscosity=…, which the fit is of, got 'depth'" in told
-    for wrong in (["--alpha=0", "--prefix=x"], [], ["--metadata=viscosity"], ["--alpha=x"]):
+    for option in ("--map=linear", "--frames=4", "--trajectories=0", "--bank=0"):
+        told = said("--scale=viscosity=1", f"--calibrate={fit_file}", option)
+        assert f"Expected {option.partition('=')[0]} with stores to calibrate with only, got it with the fit of" in told
+    told = said("--scale=viscosity=1", "--calibrate", porous, fit_file)
+    assert f"Expected a fit alone with --calibrate, got {fit_file} among 2 paths; give the fit, or stores." in told
+    for wrong, message in (
+        (["--alpha=0", "--prefix=x"], "not allowed with argument"),
+        ([], "one of the arguments --alpha --metadata --scale --prefix is required"),
+        (["--metadata=viscosity"], "Expected NAME=VALUE such as viscosity=0.03, got 'viscosity'."),
+        (["--metadata==0.3"], "Expected NAME=VALUE such as viscosity=0.03, got '=0.3'."),
+        (["--scale=viscosity=high"], "Expected NAME=VALUE such as viscosity=0.03, got 'viscosity=high'."),
+        (["--alpha=x"], "invalid float value"),
+    ):
         with pytest.raises(SystemExit) as stopped:
             main(["compose", *map(str, three), "--out=x", *wrong])
-        assert stopped.value.code == 2
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_what_this_machine_lacks_is_said_at_once(
+    road: Road, command: Command, three: Three, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    porous = road.fields["porous"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = command(f"--prefix={porous}", "--device=cuda", status=2)[1]
+    assert "Expected --device auto | cpu, got 'cuda' on a machine without a GPU." in said
+    monkeypatch.setattr(pictures, "find_spec", lambda name: None)
+    monkeypatch.setattr("latentphys.composition.search", lambda *_, **__: pytest.fail("searched for nothing"))
+    assert "Expected the package matplotlib for pictures, got none" in command(f"--prefix={porous}", status=2)[1]
+    command("--alpha=0")  # draws nothing
+    with pytest.raises(ValueError, match="Expected the package matplotlib for pictures"):
+        compose(*three, tmp_path / "drawn", Choice(0.0, "prefix", {"bank": [0, 1]}))
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_run_that_goes_on_meanwhile_changes_nothing(
+    road: Road, three: Three, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What α was searched for is what is written, though its run has a newer checkpoint by then."""
+    run = tmp_path / "low"
+    run.mkdir()
+    endpoint(three.anchor, run / "step-000001", 5)
+    checkpoint.write_json(run / checkpoint.LAST, {"checkpoint": "step-000001"})
+
+    def search(model: CompositeModel, *_: Any, **__: Any) -> Choice:
+        assert model.checkpoints[1].path == run / "step-000001"
+        endpoint(three.anchor, run / "step-000002", 6)
+        checkpoint.write_json(run / checkpoint.LAST, {"checkpoint": "step-000002"})
+        return Choice(-1.0, "prefix")
+
+    monkeypatch.setattr("latentphys.composition.search", search)
+    paths = [*map(str, (three.anchor, run, three.high)), f"--out={tmp_path / 'c'}"]
+    assert main(["compose", *paths, f"--prefix={road.fields['porous']}"]) == 0
+    assert open_checkpoint(run).path.name == "step-000002"
+    about = json.loads((tmp_path / "c" / "composition.json").read_text())["low"]
+    used = run / "step-000001" / "model.safetensors"
+    assert about["path"] == str(used) and same(load_file(tmp_path / "c" / "model.safetensors"), load_file(used))
 
 
 def test_endpoints_of_two_regimes_are_trained_and_composed(road: Road, tmp_path: Path) -> None:
@@ -116,6 +164,9 @@ def test_endpoints_of_two_regimes_are_trained_and_composed(road: Road, tmp_path:
     about = open_checkpoint(tmp_path / "c").extra["composition"]
     assert about["alpha"] == pytest.approx(coordinate(viscosity.mean(), viscosity[1], viscosity[0], "log"), rel=1e-9)
     assert about["relation"]["cosine_low"] > 0.99
+    further = [f"finetune.checkpoint={tmp_path / 'c'}", "trainer.num_steps=1", "weights={open_channel: 0}"]
+    more = open_checkpoint(train("dynamics", road.inputs("dynamics"), tmp_path / "further", *further))
+    assert more.step == 1 and set(more.extra["regimes"]) == {"porous"}  # what is never drawn is not trained on
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,14 @@ def test_experiments_train(request: pytest.FixtureRequest, tmp_path: Path, name:
     assert bool(router.bias_E.any()) == (name in ("shodh_moe", "ccm"))
 
 
+def test_endpoints_are_fine_tuned_in_a_way_that_keeps_them_composable() -> None:
+    config = compose("train", [*TRAIN, "trainer=dynamics", "experiment=ccm"])
+    trainer, finetune = config["trainer"], config["finetune"]
+    assert (trainer["weight_decay"], trainer["schedule"], trainer["warmup"]) == (0.0, "constant", 0)
+    assert (finetune["adapt"], finetune["freeze_router"]) == ("full", True)
+    assert config["dynamics_training"]["balance_rate"] == 0.0
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -478,6 +478,8 @@ def test_a_model_that_is_loaded_for_use_has_the_averaged_weights(one: OneFamily,
     path = train("dynamics", [one.latents["open_channel"].path], tmp_path / "dynamics", *settings)
     whole, lazy = load_dynamics(path)[0], load_dynamics(path, max_resident_experts=2)[0]
     merged = load_dynamics(merge_checkpoint(path, tmp_path / "merged"))[0]
+    regimes = open_checkpoint(path).extra["regimes"]
+    assert regimes and open_checkpoint(tmp_path / "merged").extra["regimes"] == regimes
     for model in (whole, lazy, merged, one.tuned(FineTuning(path), ["porous"])[0]):
         assert_averaged(model, path)
     with torch.no_grad():

@@ -108,6 +108,8 @@ def test_calls_do_what_they_say(build: Path, pt2_artefact: Path) -> None:
         "changed by a solver": "taken",
         "changed by a solver, then": "different",
         "net": "0",
+        "lost state": "Expected finite fields from 'decode', got NaN or infinity; restore a snapshot, or init with a "
+        "solver's flow.",
         "token used again": "equal",
     }
     assert said == expected
@@ -139,7 +141,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "decoded": (_edit("test.decoded", lambda x: x * 1.001), "Expected 'decode' of the exported model to give"),
     "finished": (_edit("test.finished", lambda x: x * 1.001), "Expected 'decode' of the exported model to give"),
     "solid": (_edit("solid", lambda x: x.roll(1, 0)), "Expected 'decode' of the exported model to give"),
-    "dtype": (_edit("test.next", lambda x: x.double()), "Expected 'step' of the exported model to give"),
+    "dtype": (_edit("test.next", lambda x: x.double()), "Expected an array of F32, got F64; export it again"),
+    "bytes": (_edit("test.latent", lambda x: x.to(torch.uint8)), "Expected an array of F32, got U8; export it again"),
+    "shape": (
+        _edit("test.now", lambda x: x[:, 1:].clone()),
+        "Expected 'test.now' of the shape that artefact.txt",
+    ),
+    "flux": (
+        _replace("flux solenoidal", "flux none"),
+        "Expected fluxes that are solenoidal, got 'velocity' of",
+    ),
+    "channels": (_replace("m3/s 0 3", "m3/s 1 3"), "Expected the channels of 'velocity' behind those before it"),
+    "schema": (_replace("artefact/1", "artefact/2"), "Expected an exported model of schema latentphys.artefact/1, got"),
     "voxels": (_edit("solid", lambda x: x[:-1]), "Expected solid voxels for every cell, got another number"),
     "nan": (_edit("test.next", lambda x: x * torch.nan), "Expected 'step' of the exported model to give"),
     "format": (_replace("format pt2", "format onnx"), "Expected a model exported to pt2, got onnx"),

@@ -1,5 +1,6 @@
 """The finish in C++ against `exact.conserve`: the same flux to rounding, and net flux 0.0 bit for bit."""
 
+import ctypes
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -239,6 +240,17 @@ def test_a_missing_finish_is_refused(library: Library) -> None:
     library.call.latentphys_finish_destroy(None)
 
 
+def test_missing_arguments_are_refused(library: Library) -> None:
+    sizes, widths = (ctypes.c_int64 * 3)(4, 4, 4), (ctypes.c_double * 3)(1.0, 1.0, 1.0)
+    for given in ((None, widths, SIX.encode()), (sizes, None, SIX.encode()), (sizes, widths, None)):
+        assert library.call.latentphys_finish_create(*given, None) is None
+        assert library.error() == "Expected a shape, a spacing and boundaries, got NULL."
+    finish = library.finish(Geometry(box("channel")))
+    assert library.call.latentphys_finish_conserve(finish.handle, None, None) == 1
+    assert library.error() == "Expected a flux, got NULL."
+    assert np.isnan(library.call.latentphys_finish_net_flux_max(finish.handle, None))
+
+
 @pytest.mark.parametrize("mean", [0.0, 5.0, -3e4])
 def test_the_sum_of_a_scalar_is_kept_to_the_last_bit(library: Library, mean: float) -> None:
     geometry = random_geometry(box("mixed"))
@@ -248,7 +260,9 @@ def test_the_sum_of_a_scalar_is_kept_to_the_last_bit(library: Library, mean: flo
     total = round(float(values.sum()) / quantum) * quantum
     for _ in range(3):
         moved = torch.where(geometry.fluid, values + 0.3 * torch.randn_like(values), 0.0)
-        kept = library.keep_sum(moved, ~geometry.fluid, total, load)
+        filled = torch.where(geometry.fluid, moved, 7.0)  # what stands in solids is no part of the sum
+        kept = library.keep_sum(filled, ~geometry.fluid, total, load)
+        assert library.sum_of(kept + torch.where(geometry.fluid, 0.0, 7.0), ~geometry.fluid) == total
         for order in (torch.arange(kept.numel()), *(torch.randperm(kept.numel()) for _ in range(3))):
             assert float(kept.flatten()[order].cumsum(0)[-1]) == total
         shift = (total - moved.sum()) / geometry.fluid.sum()
@@ -257,6 +271,14 @@ def test_the_sum_of_a_scalar_is_kept_to_the_last_bit(library: Library, mean: flo
         )[0]
         assert float((kept - expected).abs().max()) <= 2 * quantum
         assert not bool(kept[~geometry.fluid].any())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e308])
+def test_scalars_without_a_finite_sum_are_refused(library: Library, value: float) -> None:
+    values = torch.zeros(64, dtype=torch.float64)
+    values[3:9] = value
+    with pytest.raises(ValueError, match="Expected a scalar with a finite sum, got NaN or infinity"):
+        library.keep_sum(values, torch.zeros(64, dtype=torch.bool), 1.0, 1.0)
 
 
 def test_safetensors_are_read(library: Library, tmp_path: Path) -> None:
@@ -279,6 +301,12 @@ def whole(tmp_path: Path) -> bytes:
     return (tmp_path / "whole").read_bytes()
 
 
+def lengthened(whole: bytes, old: bytes, new: bytes) -> bytes:
+    """Another text in the header, and its length with it."""
+    length = int.from_bytes(whole[:8], "little") + len(new) - len(old)
+    return length.to_bytes(8, "little") + whole[8:].replace(old, new)
+
+
 def spoilt(whole: bytes) -> Iterator[tuple[bytes, str]]:
     yield b"", "Expected a safetensors file"
     yield whole[:7], "Expected a safetensors file"
@@ -287,6 +315,9 @@ def spoilt(whole: bytes) -> Iterator[tuple[bytes, str]]:
     yield whole[:-1], "Expected the whole array 'x'"
     yield whole.replace(b"[8]", b"[9]"), "Expected the whole array 'x'"
     yield whole.replace(b"[8]", b"[-"), "Expected the header"
+    yield lengthened(whole, b"[8]", b"[2305843009213693952,8,8]"), "Expected the header"
+    yield lengthened(whole, b"[8]", b"[288230376151711745,8]"), "Expected the whole array 'x'"  # 2⁶⁴ + 64 bytes
+    yield lengthened(whole, b"[0,64]", b"[0,99999999999999999999999]"), "Expected the header"
     yield whole.replace(b"}", b" "), "Expected the header"
     yield whole.replace(b"[0,64]", b"[64,0]"), "Expected the whole array 'x'"
     yield whole.replace(b'"dtype"', b'"dtype '), "Expected the header"
@@ -300,7 +331,8 @@ def test_spoilt_safetensors_are_refused(library: Library, whole: bytes, tmp_path
     assert "Expected a safetensors file" in library.call.describe_safetensors(b"/nowhere").decode()
 
 
-FACTS = """family porous
+FACTS = """schema latentphys.artefact/1
+family porous
 interval 0.02
 grid.shape 16 8 4
 grid.spacing 0.1 0.2 0.3
@@ -324,6 +356,10 @@ def test_facts_are_read_and_gaps_named(library: Library, tmp_path: Path) -> None
         ("fields.1 salt scalar", "fields.1 salt", "Expected 6 values after 'fields.1'"),
         ("free_slip", "slippery", "got 'slippery'"),
         ("0.1 0.2", "0.1 x", "Expected 3 values after 'grid.spacing'"),
+        ("schema latentphys.artefact/1\n", "", "Expected a line 'schema'"),
+        ("artefact/1", "artefact/2", "of schema latentphys.artefact/1, got latentphys.artefact/2 in"),
+        ("kg/m3 3 1", "kg/m3 2 1", "Expected the channels of 'salt' behind those before it, 1 of them"),
+        ("m3/s 0 3", "m3/s 0 2", "Expected the channels of 'velocity' behind those before it, 3 of them"),
     ):
         path.write_text(FACTS.replace(old, new))
         assert words in library.call.describe_artefact(str(path).encode()).decode()

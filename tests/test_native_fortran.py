@@ -58,9 +58,11 @@ def test_fortran_conserves_as_python_does(tmp_path: Path) -> None:
     missing = "Expected a finish that latentphys_finish_create made, got NULL; see the error of that call."
     assert said == {
         "before create": f"1 {missing}",
+        "net before create": "T",
         "five words short": "1 Expected six boundaries, x- x+ y- y+ z- z+, got 'periodic'.",
         "create": "0 F",
         "set": "1 Expected a tolerance from 0 to below 1, got 2.000000.",
+        "other shape": "1 Expected a flux of the shape (nz, ny, nx, 3) of the voxels, got another. 0 T",
     }
     result = torch.from_numpy(np.fromfile(tmp_path / "conserved")).reshape(flux.shape)
     assert bool((operators.div(result, grid) == 0.0).all())

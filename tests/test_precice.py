@@ -13,7 +13,7 @@ from small import Road
 
 from latentphys.fields import State
 from latentphys.grid import Geometry, Grid
-from latentphys.surrogate import Models, Surrogate
+from latentphys.surrogate import Models, Surrogate, stack
 from latentphys.surrogate.precice import Interface, face_centres, participate
 
 DT = 0.012
@@ -186,7 +186,7 @@ def test_the_file_of_an_interface(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
             Interface.load(file)
-    with pytest.raises(ValueError, match="got 'config'"):
+    with pytest.raises(ValueError, match=r"the file of an interface, got .*none.json: no such file"):
         Interface.load(tmp_path / "none.json")
     for name, value, message in (
         ("quantity", "mass", r"quantity of flux \| velocity, got 'mass'"),
@@ -204,6 +204,21 @@ def test_meshes_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch, mod
     ):
         with pytest.raises(ValueError, match=message):
             couple(monkeypatch, setup, Surrogate(models), start)
+
+
+def test_a_coupling_is_of_one_flow_on_the_cpu(monkeypatch: pytest.MonkeyPatch, models: Models, start: State) -> None:
+    with pytest.raises(ValueError, match=r"Expected a single flow, got a velocity of shape \(2, 3, 16, 16, 16\)"):
+        couple(monkeypatch, Setup(DT, 1), Surrogate(models), stack([start, start]))
+    moved: list[Any] = []
+    to = State.to
+
+    def noted(self: State, device: Any) -> State:
+        moved.append(device)
+        return to(self, device)
+
+    monkeypatch.setattr(State, "to", noted)
+    couple(monkeypatch, Setup(DT, 1), Surrogate(models), start)
+    assert moved == ["cpu"]
 
 
 def test_without_precice_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, models: Models, start: State) -> None:

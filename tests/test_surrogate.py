@@ -138,6 +138,7 @@ def test_a_duration_is_a_whole_number_of_intervals(road: Road, surrogate: Surrog
         (3 * dt * (1 - 1e-9), 3, 0.0),
         (3.5 * dt, 3, 0.5 * dt),
         (0.25 * dt, 0, 0.25 * dt),
+        (1e-7 * dt, 0, 1e-7 * dt),
     ):
         window = surrogate.negotiate(duration)
         assert (window.num_steps, window.interval) == (num_steps, dt)
@@ -148,6 +149,7 @@ def test_a_duration_is_a_whole_number_of_intervals(road: Road, surrogate: Surrog
     for duration, message in (
         (2.5 * dt, "whole intervals of 0.02 s, got 0.05 s; the nearest: 0.04 s or 0.06 s. Or give a fallback"),
         (0.5 * dt, "got 0.01 s; the nearest: 0.02 s"),
+        (1e-7 * dt, "got 2e-09 s; the nearest: 0.02 s"),
         (0.0, "Expected a duration > 0 s, got 0.0"),
         (torch.nan, "Expected a duration > 0 s, got nan"),
     ):
@@ -187,6 +189,41 @@ def test_what_is_left_of_a_duration_is_for_the_fallback(road: Road, surrogate: S
         broken = Surrogate(surrogate.factory, fallback=wrong)
         with pytest.raises(ValueError, match=message):
             broken.step(broken.init(start), duration=0.5 * dt)
+
+
+def test_the_rest_of_a_duration_begins_with_the_parameters_of_then(road: Road, surrogate: Surrogate) -> None:
+    """Also where no interval comes before it, or less than a millionth of one is left."""
+    seen: list[State] = []
+
+    def solver(state: State, duration: float) -> State:
+        seen.append(state)
+        return state
+
+    hybrid = Surrogate(surrogate.factory, fallback=solver)
+    dt, start = hybrid.families["porous"], first(road)
+    force = torch.as_tensor(start.parameters["force"])
+
+    def parameters(time: float) -> Mapping[str, Any]:
+        return {**start.parameters, "force": force * (2 + time / dt)}
+
+    for n, duration in enumerate((2.25 * dt, 0.5 * dt, 1e-7 * dt)):
+        state = hybrid.step(hybrid.init(start), duration=duration, parameters=parameters)
+        assert len(seen) == n + 1 and hybrid.num_fallbacks == 1
+        begin = 2.0 if n == 0 else 0.0
+        torch.testing.assert_close(seen[n].parameters["force"], force * (2 + begin))
+        torch.testing.assert_close(state.parameters["force"], force * (2 + duration / dt))
+
+
+def test_a_fallback_that_forgets_the_solids_does_not_empty_them(road: Road, surrogate: Surrogate) -> None:
+    start = first(road)
+    hybrid = Surrogate(
+        surrogate.factory,
+        fallback=lambda s, t: replace(s, fields={"velocity": s.velocity + 1e-4}, place=Geometry(s.grid)),
+    )
+    state = hybrid.step(hybrid.init(start), duration=0.5 * hybrid.families["porous"])
+    closed = ~start.geometry.open_faces
+    assert bool(closed.any()) and not state.velocity[closed].any()
+    assert is_conservative(state.velocity, start.geometry)
 
 
 def test_fields_that_the_model_does_not_advance_are_not_returned(road: Road, surrogate: Surrogate) -> None:
@@ -282,6 +319,8 @@ def test_calls_out_of_order_are_refused(road: Road, surrogate: Surrogate) -> Non
             call()
     with pytest.raises(ValueError, match="a geometry and a family beside a bare flux"):
         surrogate.init(state.velocity)
+    with pytest.raises(ValueError, match="Expected a State, or a flux as a NumPy array, .* got list"):
+        surrogate.init([1.0])
     with pytest.raises(ValueError, match=r"a state of a family among \['open_channel', 'porous'\], got one without"):
         surrogate.init(replace(state, family=None))
     with pytest.raises(ValueError, match=r"a family of \['open_channel', 'porous'\], got 'pipe'"):

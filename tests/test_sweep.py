@@ -127,6 +127,12 @@ def test_a_run_that_was_begun_with_other_settings_is_refused(tmp_path: Path) -> 
             ValueError, match=f"that .*router=topk was begun with, got {name} = .*choose another out=DIR"
         ):
             jobs(tmp_path, "router=top1,topk", "trainer.num_steps=5", setting)
+    before = first[1].config()
+    del before["regime"]  # a setting that came later, which is off unless it is asked for
+    file.write_text(json.dumps(before))
+    jobs(tmp_path, "router=top1,topk", "trainer.num_steps=5")
+    with pytest.raises(ValueError, match="regime.viscosity = .* where it has '\\(none\\)'"):
+        jobs(tmp_path, "router=top1,topk", "trainer.num_steps=5", "regime={viscosity: [0, 1]}")
     file.write_text("{")
     with pytest.raises(ValueError, match="Expected a readable .*config.json, got a damaged one"):
         jobs(tmp_path, "router=top1,topk", "trainer.num_steps=5")

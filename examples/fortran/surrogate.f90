@@ -11,7 +11,7 @@ program surrogate
 
   character(1024) :: argument
   character(:), allocatable :: folder, line, out
-  character(32) :: name, kind, constraint
+  character(32) :: name, kind, constraint, number
   integer :: num_steps, n, nx, ny, nz, num_cells, num_channels, num_parameters, p, parameter_size
   integer :: latent_shape(4)
   real(c_double) :: spacing(3)
@@ -34,6 +34,8 @@ program surrogate
   call get_command_argument(3, argument)
   out = trim(argument)
 
+  if (fact(folder, "schema") /= "latentphys.artefact/1") &
+    error stop "Expected an artefact of schema latentphys.artefact/1; export the model again."
   if (fact(folder, "format") /= "torchscript") error stop "Expected a model exported with --to torchscript."
   line = fact(folder, "grid.shape")
   read (line, *) nx, ny, nz
@@ -50,7 +52,8 @@ program surrogate
   read (line, *) n
   num_parameters = 0
   do p = 0, n - 1
-    line = fact(folder, "parameters."//achar(iachar("0") + p))
+    write (number, "(i0)") p
+    line = fact(folder, "parameters."//trim(number))
     read (line, *) name, parameter_size
     num_parameters = num_parameters + parameter_size
   end do

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import shutil
@@ -13,7 +12,7 @@ from typing import Any
 
 from latentphys.composition.choices import Choice
 from latentphys.composition.files import Progress, merge_files
-from latentphys.composition.sources import OWN, fixed_names, open_relatives
+from latentphys.composition.sources import OWN, Source, fixed_names, open_relatives
 from latentphys.training import manifest
 from latentphys.training.checkpoint import SCHEMA, Checkpoint
 from latentphys.training.durable import partial_of, put
@@ -22,31 +21,37 @@ ROLES = ("anchor", "low", "high")
 
 
 def compose(
-    anchor: str | Path,
-    low: str | Path,
-    high: str | Path,
+    anchor: Source,
+    low: Source,
+    high: Source,
     out: str | Path,
     choice: Choice | float,
     *,
     overwrite: bool = False,
     progress: Progress = lambda done: None,
 ) -> Path:
-    """Write θ(α) of three checkpoints, or runs, as a checkpoint that is like any other; returns its folder.
+    """Write θ(α) of three checkpoints as a checkpoint that is like any other; returns its folder.
 
     It has averaged weights where the three have them, the autoencoder of the anchor, and in ``composition.json`` where
     it comes from. It is there when it is whole.
 
     Args:
+        anchor, low, high: checkpoints, runs, or checkpoints that are open.
         choice: α, or α with how it was found.
         progress: called with the numbers done since the last call; `files.num_numbers` of the anchor's weights in all.
 
     Raises:
-        ValueError: checkpoints that cannot be read or are no relatives, or an existing path.
+        ValueError: checkpoints that cannot be read or are no relatives, an existing path, or no matplotlib for a
+            picture of how α was found.
         OSError: a full disk; what was there before is as it was.
     """
     choice = choice if isinstance(choice, Choice) else Choice(float(choice), "given")
     found, out = open_relatives(anchor, low, high), Path(out)
     check_out(out, found, overwrite)
+    if choice.is_drawn:
+        from latentphys.training import pictures
+
+        pictures.check()
     temporary = partial_of(out)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -102,14 +107,13 @@ def check_out(out: str | Path, found: Sequence[Checkpoint], overwrite: bool) -> 
 def _provenance(found: Sequence[Checkpoint]) -> dict[str, Any]:
     files = [one.weights(ema=True) for one in found]
     sources = {
-        role: {"path": str(file.resolve()), "sha256": digest(file), "averaged": one.has_ema, "step": one.step}
+        role: {"path": str(file.resolve()), "sha256": digest(one), "averaged": one.has_ema, "step": one.step}
         for role, one, file in zip(ROLES, found, files, strict=True)
     }
     packages = ("latentphys", "torch", "safetensors")
     return {**sources, "versions": {"python": platform.python_version(), **{n: metadata.version(n) for n in packages}}}
 
 
-def digest(file: Path) -> str:
-    """SHA-256 of a file."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def digest(source: Checkpoint) -> str:
+    """SHA-256 of a checkpoint's weights, which they had when it was opened."""
+    return str(manifest.read(source.path)["files"][source.weights(ema=True).name]["sha256"])

@@ -33,7 +33,7 @@ class Choice:
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.alpha):
-            raise ValueError(f"Expected a finite alpha, got {self.alpha}.")
+            raise ValueError(f"Expected a finite alpha, got {self.alpha}. Give a number, such as 0.5.")
         if abs(self.alpha) > FAR * (1 + 1e-9):
             warnings.warn(
                 f"alpha = {self.alpha:g} is far beyond the endpoints at −1 and +1; expect little of it.", stacklevel=3
@@ -51,9 +51,14 @@ class Choice:
     def to_dict(self) -> dict[str, Any]:
         return {"how": self.how, "range": self.range, **self.about}
 
+    @property
+    def is_drawn(self) -> bool:
+        """Whether something was measured that a picture can show."""
+        return self.how in ("prefix", "scale") and ("bank" in self.about or "points" in self.about)
+
     def draw(self, path: Path) -> None:
         """Draw what was measured, where anything was; else nothing."""
-        if self.how in ("prefix", "scale") and ("bank" in self.about or "points" in self.about):
+        if self.is_drawn:
             from latentphys.composition.picture import draw
 
             draw(self.alpha, self.about, path)

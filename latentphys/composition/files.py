@@ -50,7 +50,7 @@ def merge_files(
 ) -> Relation:
     """Write θ(α) of three safetensors files as another one, worked out in FP64, in the types of the anchor.
 
-    The files are read piece by piece, twice: `weights.PIECE` numbers of one tensor in FP64 are all that is in memory.
+    The files are read piece by piece, twice: `weights.PIECE` numbers of each in FP64 are all that is in memory.
 
     Args:
         alpha: −1 for the low endpoint, 0 for the mean of both, +1 for the high one.
@@ -67,23 +67,21 @@ def merge_files(
             finite, an α that is not finite, or one that leaves the range of the anchor's type.
     """
     if not math.isfinite(alpha):
-        raise ValueError(f"Expected a finite alpha, got {alpha}.")
+        raise ValueError(f"Expected a finite alpha, got {alpha}. Give a number, such as 0.5.")
     with ExitStack() as stack:
         three = [Weights(path, stack) for path in (anchor, low, high)]
+        if fixed is None:
+            fixed = {name for name in three[0].specs if name.endswith(STATISTICS)}
         relation = relate(three, fixed, progress)
-        _write(three, Path(out), alpha, metadata or {}, progress)
+        _write(three, Path(out), alpha, fixed, metadata or {}, progress)
     return relation
 
 
-def relate(
-    three: Sequence[Weights], fixed: Collection[str] | None = None, progress: Progress = lambda done: None
-) -> Relation:
+def relate(three: Sequence[Weights], fixed: Collection[str], progress: Progress = lambda done: None) -> Relation:
     """How two endpoints are related to an anchor and to each other, from one pass over the files; see `merge_files`."""
     anchor = three[0]
     for other in three[1:]:
         check_same_specs(anchor, other)
-    if fixed is None:
-        fixed = [name for name in anchor.specs if name.endswith(STATISTICS)]
     tally = Tally([weights.path for weights in three])
     for name, (dtype, shape) in anchor.specs.items():
         is_fixed = name in fixed or dtype not in MOVED
@@ -104,7 +102,14 @@ def num_numbers(path: str | Path) -> int:
         return 2 * sum(math.prod(shape) for _, shape in Weights(path, stack).specs.values())
 
 
-def _write(three: Sequence[Weights], out: Path, alpha: float, metadata: Mapping[str, str], progress: Progress) -> None:
+def _write(
+    three: Sequence[Weights],
+    out: Path,
+    alpha: float,
+    fixed: Collection[str],
+    metadata: Mapping[str, str],
+    progress: Progress,
+) -> None:
     """Header first, as the format asks for it, and then one tensor after another."""
     anchor, low, high = three
     order = sorted(anchor.specs, key=lambda name: (-item_size(anchor, name), name))  # wide types first are aligned
@@ -124,7 +129,7 @@ def _write(three: Sequence[Weights], out: Path, alpha: float, metadata: Mapping[
                 dtype, shape = anchor.specs[name]
                 for index in pieces(shape):
                     piece = anchor.read(name, index)
-                    if dtype in MOVED:
+                    if dtype in MOVED and name not in fixed:
                         piece = _merged(name, low.read(name, index), high.read(name, index), alpha, MOVED[dtype])
                     file.write(piece.contiguous().reshape(-1).view(torch.uint8).numpy().data)
                     progress(piece.numel())

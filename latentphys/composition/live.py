@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from pathlib import Path
 
 import torch
 
 from latentphys.composition.files import at, relate
-from latentphys.composition.sources import fixed_names, open_relatives
+from latentphys.composition.sources import Source, fixed_names, open_relatives
 from latentphys.composition.weights import Weights
 from latentphys.training.checkpoint import read_tensors
 from latentphys.training.models import load_dynamics
@@ -20,7 +19,7 @@ class CompositeModel:
     Three sets of weights are in memory: the endpoints', and the model's own.
 
     Args:
-        anchor, low, high: checkpoints or runs.
+        anchor, low, high: checkpoints, runs, or checkpoints that are open.
         device: where to. Default: the CPU.
 
     Attributes:
@@ -31,9 +30,7 @@ class CompositeModel:
         ValueError: checkpoints that cannot be read, of other kinds, or no relatives.
     """
 
-    def __init__(
-        self, anchor: str | Path, low: str | Path, high: str | Path, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, anchor: Source, low: Source, high: Source, device: torch.device | str = "cpu") -> None:
         self.checkpoints = open_relatives(anchor, low, high)
         first = self.checkpoints[0]
         if first.kind != "dynamics":
@@ -52,7 +49,7 @@ class CompositeModel:
 
     @torch.no_grad()
     def set(self, alpha: float) -> CompositeModel:
-        """Give the model the weights θ(α), as `compose` would write them, to the last bit; returns itself."""
+        """Give the model the weights θ(α), as `compose` would write them, on the CPU to the last bit; return it."""
         for name, weight in self._weights.items():
             weight.copy_(at(self._low[name], self._high[name], alpha))
         self.alpha = alpha

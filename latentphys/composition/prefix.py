@@ -15,6 +15,7 @@ from torch import Tensor
 from latentphys.composition.choices import Choice
 from latentphys.composition.live import CompositeModel
 from latentphys.data import Store
+from latentphys.data.regimes import chosen_trajectories
 from latentphys.grid import Geometry
 from latentphys.rollout import LatentStepper, Parameters, num_intervals
 from latentphys.transformer.conditioning import store_parameters
@@ -56,9 +57,7 @@ class Prefix:
             ValueError: too few frames, or more than the store has, no such trajectories, or a store that the models do
                 not know.
         """
-        chosen = list(range(len(store))) if trajectories is None else list(trajectories)
-        if not chosen or not set(chosen) <= set(range(len(store))):
-            raise ValueError(f"Expected trajectories from 0 to {len(store) - 1} of {store.path}, got {chosen}.")
+        chosen = chosen_trajectories(store, trajectories)
         least, stride = model.dynamics.num_frames + 1, num_intervals(store, model.dynamics.interval(store.family))
         if frames < least or (frames - 1) * stride >= store.num_times:
             most = (store.num_times - 1) // stride + 1
@@ -97,7 +96,9 @@ def score(model: CompositeModel, prefix: Prefix, alpha: float) -> float:
             window = torch.cat([window[:, 1:], latent[:, None]], dim=1)
             total += float(((latent - latents[:, n]) / scale).double().square().sum())
             num += latent.numel()
-    return total / num if math.isfinite(total) else math.inf
+            if not math.isfinite(total):
+                return math.inf
+    return total / num
 
 
 def search(

@@ -61,7 +61,7 @@ class Tally:
                 why = (
                     "the router moved; fine-tune with finetune.freeze_router=true"
                     if "router" in name
-                    else ("buffers and scales do not compose; fine-tune both endpoints from this anchor")
+                    else "buffers and scales do not compose; fine-tune both endpoints from this anchor"
                 )
                 raise ValueError(f"Expected {name!r} equal in {self.paths[0]} and {path}, got other values: {why}.")
         self.num_fixed += piece[0].numel()
@@ -73,7 +73,9 @@ class Tally:
             row = values.to(torch.promote_types(values.dtype, torch.float64)).reshape(-1)
             row = torch.view_as_real(row).reshape(-1) if row.is_complex() else row
             if not bool(torch.isfinite(row).all()):
-                raise ValueError(f"Expected finite weights, got others in {name!r} of {path}.")
+                raise ValueError(
+                    f"Expected finite weights, got others in {name!r} of {path}. Use an earlier checkpoint."
+                )
             rows.append(row)
         anchor, low, high = rows
         self.num_moved += piece[0].numel()

@@ -15,7 +15,7 @@ from latentphys.composition.choices import Choice, coordinate, scaled
 from latentphys.composition.live import CompositeModel
 from latentphys.composition.prefix import BANK, TOLERANCE, Prefix, search
 from latentphys.data import Store
-from latentphys.data.regimes import constants
+from latentphys.data.regimes import chosen_trajectories, constants
 from latentphys.training import manifest
 from latentphys.training.checkpoint import Checkpoint
 
@@ -83,7 +83,7 @@ class Fit:
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"Expected a composition with --scale, got {file}, which holds no fit.") from None
         for role, expected, source in zip(ROLES, hashes, sources, strict=True):
-            if digest(source.weights(ema=True)) != expected:
+            if digest(source) != expected:
                 raise ValueError(f"Expected a fit of {source.path} as {role}, got that of other weights in {file}.")
         return fit
 
@@ -104,31 +104,37 @@ def calibrate(
 
     Args:
         stores: of fields. Trajectories of one store at one value are scored together.
-        parameter: one number for each trajectory.
+        parameter: one number for each trajectory, in one unit.
 
     Raises:
-        ValueError: a parameter that the stores do not have, or only one value of it.
+        ValueError: a parameter that the stores do not have, or in several units, or only one value of it.
     """
+    groups = [(store, _by_value(store, parameter, trajectories)) for store in stores]
+    units = sorted({store.attributes["parameter_units"][parameter] for store in stores})
+    if len(units) > 1:
+        raise ValueError(f"Expected one unit of {parameter!r} in all stores, got {units}. Convert them to one unit.")
     points = []
-    for store in stores:
-        known = constants(store)
-        if parameter not in known:
-            raise ValueError(
-                f"Expected a parameter of {store.path} that is one number for each trajectory, {sorted(known)}, got "
-                f"{parameter!r}."
-            )
-        chosen = list(range(len(store))) if trajectories is None else list(trajectories)
-        if not chosen or not set(chosen) <= set(range(len(store))):
-            raise ValueError(f"Expected trajectories from 0 to {len(store) - 1} of {store.path}, got {chosen}.")
-        groups: dict[float, list[int]] = {}
-        for i in chosen:
-            groups.setdefault(float(known[parameter][i]), []).append(i)
-        for value, some in sorted(groups.items()):
+    for store, trajectories_at in groups:
+        for value, some in sorted(trajectories_at.items()):
             best = search(model, Prefix.read(model, store, some, frames), bank, tolerance, progress)
             points.append(
                 {"value": value, "alpha": best.alpha, **{k: best.about[k] for k in ("score", "store", "trajectories")}}
             )
-    return Fit.of(parameter, map, points, stores[0].attributes["parameter_units"][parameter])
+    return Fit.of(parameter, map, points, units[0] if units else "1")
+
+
+def _by_value(store: Store, parameter: str, trajectories: Sequence[int] | None) -> dict[float, list[int]]:
+    """Value of a parameter → the trajectories at it."""
+    known = constants(store)
+    if parameter not in known:
+        raise ValueError(
+            f"Expected a parameter of {store.path} that is one number for each trajectory, {sorted(known)}, got "
+            f"{parameter!r}. Name one of these."
+        )
+    groups: dict[float, list[int]] = {}
+    for i in chosen_trajectories(store, trajectories):
+        groups.setdefault(float(known[parameter][i]), []).append(i)
+    return groups
 
 
 def from_metadata(
@@ -170,6 +176,8 @@ def trained_at(source: Checkpoint, parameter: str, map: str, option: str) -> flo
         got = "a checkpoint that does not say what it was trained on"
     elif not found:
         got = f"only {sorted({name for known in regimes.values() for name in known})}"
+    elif len(values) > 1:
+        got = f"one for each of {sorted(found)}"
     else:
-        got = f"one for each of {sorted(found)}" if len(found) > 1 else "values that have no logarithm"
+        got = "values that have no logarithm" if map == "log" else "one that is not finite"
     raise ValueError(f"Expected the {parameter} of the training data in {source.path}, got {got}; pass {option}.")

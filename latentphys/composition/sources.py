@@ -20,13 +20,19 @@ OWN = ("regimes", "composition")
 """What a checkpoint's extra says of how its weights were made, and not of how they are used."""
 
 
-def open_relatives(anchor: str | Path, low: str | Path, high: str | Path) -> list[Checkpoint]:
+Source = str | Path | Checkpoint
+"""A checkpoint: its folder, a run, or one that is open. What is open stays the same one while a run goes on."""
+
+
+def open_relatives(anchor: Source, low: Source, high: Source) -> list[Checkpoint]:
     """Three checkpoints of one model: of one kind, configuration, scales, families and autoencoder.
+
+    Those that are open already are not read again.
 
     Raises:
         ValueError: what differs, or fine-tuned weights that are not merged yet.
     """
-    found = [open_checkpoint(path) for path in (anchor, low, high)]
+    found = [one if isinstance(one, Checkpoint) else open_checkpoint(one) for one in (anchor, low, high)]
     first = found[0]
     for one in found:
         adaptation = one.extra.get("adaptation")
@@ -39,12 +45,12 @@ def open_relatives(anchor: str | Path, low: str | Path, high: str | Path) -> lis
         if one.kind != first.kind:
             raise ValueError(
                 f"Expected a checkpoint of kind {first.kind!r}, as {first.path}, got one of kind {one.kind!r} in "
-                f"{one.path}."
+                f"{one.path}; give an anchor and endpoints of one kind."
             )
         extras = [{name: value for name, value in c.extra.items() if name not in OWN} for c in (first, one)]
         pairs: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "configuration": (first.config, one.config),
-            "set of scales": (extras[0], extras[1]),
+            "description": (extras[0], extras[1]),
         }
         for what, (before, after) in pairs.items():
             for name, (a, b) in differences(before, after).items():

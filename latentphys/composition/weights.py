@@ -38,7 +38,9 @@ class Weights:
         try:
             self._file = stack.enter_context(safe_open(self.path, framework="pt"))
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"Expected a readable safetensors file, got {self.path}: {error}.") from None
+            raise ValueError(
+                f"Expected a readable safetensors file, got {self.path}: {error}. Copy it again from where it came."
+            ) from None
         self._slices = {name: self._file.get_slice(name) for name in sorted(self._file.keys())}
         self.specs: dict[str, Spec] = {
             name: (part.get_dtype(), tuple(part.get_shape())) for name, part in self._slices.items()
@@ -62,11 +64,13 @@ def check_same_specs(anchor: Weights, other: Weights) -> None:
         got_dtype, got_shape = other.specs[name]
         if shape != got_shape:
             raise ValueError(
-                f"Expected {name!r} of shape {shape}, as in {anchor.path}, got {got_shape} in {other.path}."
+                f"Expected {name!r} of shape {shape}, as in {anchor.path}, got {got_shape} in {other.path}; both "
+                "endpoints are to be fine-tuned from the anchor."
             )
         if dtype != got_dtype and not (dtype in MOVED and got_dtype in MOVED and "C64" not in (dtype, got_dtype)):
             raise ValueError(
-                f"Expected {name!r} of type {dtype}, as in {anchor.path}, got {got_dtype} in {other.path}."
+                f"Expected {name!r} of type {dtype}, as in {anchor.path}, got {got_dtype} in {other.path}; both "
+                "endpoints are to be fine-tuned from the anchor."
             )
 
 

@@ -22,6 +22,18 @@ def constants(store: Store) -> dict[str, np.ndarray]:
     }
 
 
+def chosen_trajectories(store: Store, trajectories: Sequence[int] | None) -> list[int]:
+    """Some trajectories of a store, or all where none are named.
+
+    Raises:
+        ValueError: none at all, or some that the store does not have.
+    """
+    chosen = list(range(len(store)) if trajectories is None else trajectories)
+    if not chosen or not set(chosen) <= set(range(len(store))):
+        raise ValueError(f"Expected trajectories from 0 to {len(store) - 1} of {store.path}, got {chosen}.")
+    return chosen
+
+
 def select(store: Store, trajectories: Sequence[int], regime: Regime) -> list[int]:
     """Those of some trajectories whose parameters lie in a regime.
 

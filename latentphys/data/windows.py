@@ -200,10 +200,14 @@ class Windows:
         trajectories = [self.trajectories[store][i] for i in which]
         return Drawn(store, torch.tensor(trajectories), torch.from_numpy(starts))
 
+    def is_drawn(self, store: int) -> bool:
+        """Whether windows of a store are ever drawn, which a weight of 0 rules out."""
+        return self._turns.counts[store] > 0
+
     def check_batch(self, batch: int) -> None:
         """Refuse a batch that has more windows than one of the stores it is drawn from, with a ValueError."""
-        for store, turns in enumerate(self._turns.counts):
-            if turns:
+        for store in range(len(self.stores)):
+            if self.is_drawn(store):
                 self._epoch(store, 0, batch)
 
     def _epoch(self, store: int, visit: int, batch: int) -> tuple[int, int]:

@@ -129,15 +129,16 @@ class Alarm:
             values["energy"] = energy(main_field(packed, stepper)).cpu()
         if "energy_change" in self.limits:
             now = values["energy"]
-            earlier = now if before is None else torch.tensor(before.values["energy"], dtype=now.dtype)
-            values["energy_change"] = (now / earlier).log().abs()
+            earlier = None if before is None else torch.tensor(before.values["energy"], dtype=now.dtype)
+            values["energy_change"] = torch.zeros_like(now) if earlier is None else (now / earlier).log().abs()
         if "spectrum" in self.limits:
             values["spectrum"] = roughness(main_field(packed, stepper), stepper.geometry.grid)
         if "latent" in self.limits:
             centre, half = self._latent_range(stepper)
             values["latent"] = ((latent_moments(latents) - centre) / half).square().mean(1)
         if "parameters" in self.limits:
-            values["parameters"] = torch.tensor([self._distance(contract, flow) for flow in parameters])
+            distances = [self._distance(contract, flow) for flow in parameters]
+            values["parameters"] = torch.tensor(distances, dtype=torch.float64)
         limits = {name: self.limits.get(name, (-math.inf, math.inf)) for name in values}
         return Reading(time, {name: tuple(map(float, value)) for name, value in values.items()}, limits)
 
@@ -154,8 +155,9 @@ class Alarm:
         for quantity in contract.parameters:
             if quantity.name in parameters:
                 z = torch.as_tensor(quantity.scaled(parameters[quantity.name]))
-                centre, half = self.parameters.get(quantity.name, ([0.0], [1.0]))
-                distances += (((z - torch.tensor(centre)) / torch.tensor(half)).abs()).tolist()
+                said = self.parameters.get(quantity.name, ([0.0], [1.0]))
+                centre, half = (torch.tensor(numbers, dtype=torch.float64) for numbers in said)
+                distances += ((z - centre) / half).abs().tolist()
         return math.nan if any(map(math.isnan, distances)) else max(distances)
 
     def save(self, path: str | Path) -> None:

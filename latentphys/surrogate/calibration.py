@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from latentphys.data import Store
+from latentphys.data.regimes import chosen_trajectories
 from latentphys.rollout import num_intervals
 from latentphys.surrogate.alarm import Alarm, Range
 from latentphys.surrogate.contract import Contract
@@ -49,17 +50,21 @@ def calibrate(
         margin: factor ≥ 1 by which the limits lie beyond. Good values: 1.5…3.
 
     Raises:
-        ValueError: a quantile or margin out of range, or a store that the model cannot take.
+        ValueError: a quantile or margin out of range, a store that the model cannot take, or flows that say nothing of
+            how the energy changes in an interval.
     """
     if not 0 < quantile <= 1 or not margin >= 1:
         raise ValueError(f"Expected a quantile in (0, 1] and a margin ≥ 1, got {quantile} and {margin}.")
-    chosen = list(range(len(store)) if trajectories is None else trajectories)
-    if not chosen or not set(chosen) <= set(range(len(store))):
-        raise ValueError(f"Expected trajectories from 0 to {len(store) - 1} of {store.path}, got {chosen}.")
+    chosen = chosen_trajectories(store, trajectories)
     contract = factory.contract(store.family)
     tracks = [_track(factory, contract, store, i) for i in chosen]
     energies, spectra = torch.cat([t.energy for t in tracks]), torch.cat([t.spectrum for t in tracks])
     changes = torch.cat([_changes(track.energy) for track in tracks])
+    if not len(changes):
+        raise ValueError(
+            f"Expected trajectories of {store.path} with two snapshots in motion one interval apart, got none in "
+            f"{chosen}; take longer ones."
+        )
     half = (1 - quantile) / 2
     limits = {
         "energy": (_quantile(energies, half) / margin, _quantile(energies, 1 - half) * margin),
@@ -98,10 +103,14 @@ def _track(factory: Factory, contract: Contract, store: Store, trajectory: int) 
 
 
 def _changes(energies: Float[Tensor, "t 2"]) -> Float[Tensor, " n"]:
-    """|ln| of the ratio of each energy to those before it: decoded after decoded, and decoded after true."""
+    """|ln| of the ratio of each energy to those before it: decoded after decoded, and decoded after true.
+
+    Flows at rest have none.
+    """
     logarithms = energies.log()
     decoded = logarithms[1:, 1]
-    return torch.cat([(decoded - logarithms[:-1, 1]).abs(), (decoded - logarithms[:-1, 0]).abs()])
+    changes = torch.cat([(decoded - logarithms[:-1, 1]).abs(), (decoded - logarithms[:-1, 0]).abs()])
+    return changes[changes.isfinite()]
 
 
 def _latent_range(tracks: Sequence[_Track]) -> tuple[Tensor, Tensor]:

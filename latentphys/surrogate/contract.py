@@ -91,7 +91,7 @@ class Contract:
         """
         grid = other.grid
         lines = [] if other.family == self.family else [f"Expected family {self.family!r}, got {other.family!r}."]
-        lines += self._box(grid)
+        lines += self.box_mismatches(grid)
         if isinstance(other, State):
             return lines + self._fields_of(other) + self._names(other.parameters)
         if other.layout != self.layout:
@@ -124,7 +124,8 @@ class Contract:
         if lines:
             raise ValueError("\n".join(lines))
 
-    def _box(self, grid: Grid) -> list[str]:
+    def box_mismatches(self, grid: Grid) -> list[str]:
+        """The lines of `mismatches` about a box."""
         lines = []
         pairs = zip(SIDES, sum(self.grid.boundaries, ()), sum(grid.boundaries, ()), strict=True)
         lines += [f"Expected the boundary {ours!r} on {side}, got {got!r}." for side, ours, got in pairs if ours != got]

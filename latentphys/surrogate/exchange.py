@@ -14,8 +14,7 @@ from latentphys import exact, operators
 from latentphys.autoencoders import FamilyScale
 from latentphys.fields import State
 from latentphys.grid import Geometry
-
-Parameters = Mapping[str, Any]
+from latentphys.rollout import Parameters
 
 
 def tensor(array: Any) -> Tensor:
@@ -47,15 +46,16 @@ def as_state(state: Any, geometry: Geometry | None, family: str | None, paramete
     """A state, a sequence of states as a batch, or a bare flux with what a state would say beside it.
 
     Raises:
-        ValueError: a bare flux without a geometry or family.
+        ValueError: none of these, or a bare flux without a geometry or family.
     """
     if isinstance(state, State):
         return state
-    if isinstance(state, Sequence):
+    if isinstance(state, Sequence) and all(isinstance(one, State) for one in state):
         return stack(state)
+    flux = tensor(state)
     if geometry is None or family is None:
         raise ValueError("Expected a geometry and a family beside a bare flux, got none; or pass a State.")
-    return State({"velocity": tensor(state)}, geometry, time, parameters, family)
+    return State({"velocity": flux}, geometry, time, parameters, family)
 
 
 def stack(states: Sequence[State]) -> State:

@@ -104,15 +104,20 @@ class Flight:
         flows = range(self.num_flows) if self.batch else [...]
         return [all(torch.equal(a[n], b[n]) for a, b in pairs) for n in flows]
 
-    def moved_to(self, state: State) -> Flight:
-        """The flows of a state: those that are not as they were returned last are encoded anew."""
-        unchanged = self.unchanged(state)
-        if all(unchanged):
+    def moved_to(self, state: State, is_new: Sequence[bool] | None = None) -> Flight:
+        """The flows of a state, some of them encoded and read anew.
+
+        Args:
+            is_new: which. Default: those that are not as they were returned last.
+        """
+        if is_new is None:
+            is_new = [not same for same in self.unchanged(state)]
+        if not any(is_new):
             return replace(self, state=replace(state, fields=self.state.fields))
         packed = self.packed(state)
         latents, totals = self.stepper.encode(packed), self.stepper.totals(packed)
         foreign = replace(self, state=self._own(state), latents=latents, totals=totals, is_decoded=True)._read(packed)
-        return foreign.mixed([not same for same in unchanged], self) if any(unchanged) else foreign
+        return foreign if all(is_new) else foreign.mixed(is_new, self)
 
     def mixed(self, which: Sequence[bool], others: Flight) -> Flight:
         """The same with the latents, totals and readings of others for all but some flows."""

@@ -16,12 +16,12 @@ SAME_TIME = 1e-9
 def mesh_of(case: Path) -> FoamMesh:
     """The mesh of a case, read once as long as its files stay as they are."""
     folder = case / "constant" / "polyMesh"
-    newest = max((file.stat().st_mtime_ns for file in folder.glob("*")), default=0)
-    return _mesh(folder.resolve(), newest)
+    files = {file.name: file.stat() for file in folder.glob("*")}
+    return _mesh(folder.resolve(), tuple(sorted((name, s.st_size, s.st_mtime_ns) for name, s in files.items())))
 
 
 @lru_cache(maxsize=1)
-def _mesh(folder: Path, newest: int) -> FoamMesh:
+def _mesh(folder: Path, files: tuple[tuple[str, int, int], ...]) -> FoamMesh:
     return read_mesh(folder)
 
 

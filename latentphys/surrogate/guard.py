@@ -38,7 +38,8 @@ def advance(
     before = flight.decoded()
     assert before.reading is not None
     if fallback is None:
-        return told(before.advanced(now, then, end).decoded(before.reading), before.state.time, on_alarm, None)
+        after = before.advanced(now, then, end).decoded(before.reading)
+        return told(after, before.state.time, on_alarm, None, depth=4)
     suspect = before.reading.rings
     before = replace(before, state=replace(before.state, parameters=now))
     if all(suspect):
@@ -49,12 +50,13 @@ def advance(
     return repeated(before, fallback, end, then, [names or None for names in rings], after) if any(rings) else after
 
 
-def told(flight: Flight, begin: float, on_alarm: OnAlarm, fallback: Fallback | None) -> Flight:
+def told(flight: Flight, begin: float, on_alarm: OnAlarm, fallback: Fallback | None, depth: int = 3) -> Flight:
     """The same, with what rings in the log, after a warning or an error, where there is nothing to fall back on.
 
     Args:
         begin: of the interval that led here [s]; the time of the flight itself for a state from outside.
         on_alarm, fallback: see `latentphys.surrogate.Surrogate`.
+        depth: how many calls up a warning points: to who called the surrogate.
 
     Raises:
         AlarmError: the alarm rings, and is told to raise.
@@ -64,7 +66,7 @@ def told(flight: Flight, begin: float, on_alarm: OnAlarm, fallback: Fallback | N
         return flight
     if on_alarm == "raise":
         raise AlarmError(str(reading))
-    warnings.warn(str(reading), AlarmWarning, stacklevel=4)
+    warnings.warn(str(reading), AlarmWarning, stacklevel=depth)
     entries = [
         Intervention(begin, flight.state.time - begin, flow, names, is_fallback=False)
         for flow, names in enumerate(reading.rings)
@@ -103,12 +105,14 @@ def repeated(
         out = fallback(one, duration)
         if not isinstance(out, State):
             raise ValueError(f"Expected a State from the fallback, got {type(out).__name__}.")
+        out = replace(out, place=one.place)
         replace(before, state=one).packed(out)
         for name, values in conserved(out, before.stepper.scale).fields.items():
             if name in fields:
                 fields[name][flow if before.batch else ...] = values
         log.append(Intervention(before.state.time, duration, flow, names, is_fallback=True))
-    foreign = before.moved_to(replace(before.state, fields=fields, time=end, parameters=then))
+    is_taken = [names is not None for names in reasons]
+    foreign = before.moved_to(replace(before.state, fields=fields, time=end, parameters=then), is_taken)
     if proposed is not None:
-        foreign = foreign.mixed([names is not None for names in reasons], proposed)
+        foreign = foreign.mixed(is_taken, proposed)
     return replace(foreign, log=tuple(log))

@@ -164,10 +164,11 @@ def write_time(
 def _with_inflow(geometry: Geometry, flux: Tensor) -> Geometry:
     """The geometry with the velocity that a flux has through its inflow sides."""
     inflow: dict[str, float | Tensor] = {}
+    through = through_sides(flux, geometry)
     for side, boundary in zip(SIDES, sum(geometry.grid.boundaries, ()), strict=True):
         if boundary == "inflow":
             axis, is_high = divmod(SIDES.index(side), 2)
-            inward = through_sides(flux, geometry)[side] * (-1.0 if is_high else 1.0)
+            inward = through[side] * (-1.0 if is_high else 1.0)
             inflow[side] = inward / geometry.grid.face_areas[axis]
     return Geometry(geometry.grid, geometry.solid, inflow) if inflow else geometry
 

@@ -74,7 +74,9 @@ class Interface:
         from latentphys.training.manifest import read_json
 
         file = Path(path)
-        data = read_json(file) if file.is_file() else {}
+        if not file.is_file():
+            raise ValueError(f"Expected the file of an interface, got {path}: no such file.")
+        data = read_json(file)
         try:
             return cls(**{**data, "config": str(file.parent / data["config"])})
         except (KeyError, TypeError) as error:
@@ -116,7 +118,8 @@ def participate(
 
     Raises:
         ImportError: no preCICE.
-        ValueError: a mesh or data of other dimensions, a window that is no multiple of Δt, or no data to start from.
+        ValueError: a batch of flows, a mesh or data of other dimensions, a window that is no multiple of Δt, or no data
+            to start from.
     """
     try:
         import precice  # type: ignore[import-not-found, unused-ignore]
@@ -124,7 +127,9 @@ def participate(
         raise ImportError(
             "Expected preCICE 3 and its Python bindings, got none; install the library, then `pip install pyprecice`."
         ) from error
-    state = surrogate.init(start)
+    if start.velocity.ndim != 4:
+        raise ValueError(f"Expected a single flow, got a velocity of shape {tuple(start.velocity.shape)}.")
+    state = surrogate.init(start.to("cpu"))
     exchange = _Exchange(precice.Participant(interface.participant, interface.config, 0, 1), interface, state)
     participant = exchange.participant
     try:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from latentphys.autoencoders import FamilyScale
 from latentphys.grid import Geometry
-from latentphys.rollout import Frame
+from latentphys.rollout import Frame, Parameters
 from latentphys.surrogate.contract import Contract
-
-Parameters = Mapping[str, Any]
 
 
 @runtime_checkable

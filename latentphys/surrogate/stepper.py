@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -188,9 +189,10 @@ class Surrogate:
             begin, end = (start + m * flight.stepper.interval for m in (n, n + 1))
             flight = advance(flight, at(begin), at(end), end, self.on_alarm, self.fallback)
         if rest and self.fallback is not None:
-            everybody = [()] * flight.num_flows
-            end = start + steps * flight.stepper.interval + rest
-            flight = repeated(flight.decoded(), self.fallback, end, at(end), everybody)
+            everybody, begin = [()] * flight.num_flows, start + steps * flight.stepper.interval
+            before = flight.decoded()
+            before = replace(before, state=replace(before.state, parameters=at(begin)))
+            flight = repeated(before, self.fallback, begin + rest, at(begin + rest), everybody)
         self._flight = flight.decoded()
         result = self._flight.copy()
         return result if isinstance(state, State) else like(result.velocity, state)

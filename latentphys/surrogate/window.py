@@ -14,7 +14,8 @@ class Window:
 
     Args:
         num_steps: how many intervals fit.
-        remainder: what is left [s]; 0.0 where they fill it to one part in a million of an interval.
+        remainder: what is left [s]; 0.0 where they fill it to one part in a million of an interval, all of it where
+            none fits.
         interval: Δt [s].
     """
 
@@ -29,7 +30,8 @@ class Window:
             raise ValueError(f"Expected a duration > 0 s, got {duration}.")
         num_steps = math.floor(duration / interval + INTERVAL_TOLERANCE)
         rest = duration - num_steps * interval
-        return cls(num_steps, rest if rest > INTERVAL_TOLERANCE * interval else 0.0, interval)
+        is_rest = not num_steps or rest > INTERVAL_TOLERANCE * interval
+        return cls(num_steps, rest if is_rest else 0.0, interval)
 
 
 def span(num_steps: int | None, duration: float | None, interval: float, is_divisible: bool) -> tuple[int, float]:

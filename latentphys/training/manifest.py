@@ -17,12 +17,12 @@ _REMEDY = "copy it again from where it came, or use an earlier checkpoint"
 def seal(folder: Path, about: Mapping[str, Any]) -> None:
     """Write checkpoint.json, the last file of a checkpoint: what `about` says, and a list of all files there are."""
     files = {
-        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": _digest(file)}
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": digest(file)}
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file != folder / NAME
     }
     data = json.loads(json.dumps({**about, "files": files}))
-    write_json(folder / NAME, {**data, "sha256": _own_digest(data)})
+    write_json(folder / NAME, {**data, "sha256": own_digest(data)})
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -41,14 +41,14 @@ def check(folder: Path) -> dict[str, Any]:
         ValueError: the first file that is missing, short or changed.
     """
     data = read(folder)
-    file, digest = folder / NAME, _own_digest({key: value for key, value in data.items() if key != "sha256"})
-    if data.get("sha256") != digest or not isinstance(data.get("files"), dict):
-        raise ValueError(f"Expected SHA-256 {data.get('sha256')} of what {file} says, got {digest}; {_REMEDY}.")
+    file, own = folder / NAME, own_digest({key: value for key, value in data.items() if key != "sha256"})
+    if data.get("sha256") != own or not isinstance(data.get("files"), dict):
+        raise ValueError(f"Expected SHA-256 {data.get('sha256')} of what {file} says, got {own}; {_REMEDY}.")
     for name, expected in data["files"].items():
         file = folder / name
         try:
             size = file.stat().st_size
-            got = _digest(file) if size == expected["bytes"] else ""
+            got = digest(file) if size == expected["bytes"] else ""
         except OSError as error:
             reason = "no such file" if isinstance(error, FileNotFoundError) else f"an error: {error}"
             raise ValueError(f"Expected {file}, got {reason}; {_REMEDY}.") from error
@@ -85,12 +85,13 @@ def read_json(file: Path) -> dict[str, Any]:
     return data
 
 
-def _digest(file: Path) -> str:
+def digest(file: Path) -> str:
+    """SHA-256 of a file."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _own_digest(data: Mapping[str, Any]) -> str:
+def own_digest(data: Mapping[str, Any]) -> str:
     """SHA-256 of a JSON object, however it is laid out."""
     text = json.dumps(data, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

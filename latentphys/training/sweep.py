@@ -133,7 +133,7 @@ def _quoted(path: Path) -> str:
 
 
 def _check_begun(job: Job, config: Mapping[str, Any]) -> None:
-    """Refuse to go on with a run that was begun with other settings."""
+    """Refuse to go on with a run that was begun with other settings; those that came later and are off do not count."""
     file = job.run / "config.json"
     if not file.is_file():
         return
@@ -142,6 +142,8 @@ def _check_begun(job: Job, config: Mapping[str, Any]) -> None:
     except ValueError:
         raise ValueError(f"Expected a readable {file}, got a damaged one; remove {job.run}.") from None
     for name, (before, now) in changed.items():
+        if (before, now) == ("(none)", None):
+            continue
         if name not in HARMLESS or name == "trainer.num_steps":
             raise ValueError(
                 f"Expected the settings that {job.run} was begun with, got {name} = {now!r} where it has {before!r}; "

@@ -369,7 +369,8 @@ def _loss_weights(weights: Mapping[str, float] | None, stores: Sequence[Store]) 
 
 def _regimes(windows: Windows, sources: Sequence[Store]) -> dict[str, Any]:
     """Family → what `measure` says of the trajectories that training draws from."""
-    return {source.family: measure(source, some) for source, some in zip(sources, windows.trajectories, strict=True)}
+    pairs = enumerate(zip(sources, windows.trajectories, strict=True))
+    return {source.family: measure(source, some) for n, (source, some) in pairs if windows.is_drawn(n)}
 
 
 def _noise(latent: Tensor) -> Tensor:

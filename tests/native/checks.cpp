@@ -87,6 +87,10 @@ void run(const std::string& folder) {
   });
   equal("changed by a solver, then", surrogate.fields() == one_by_one);
   std::printf("net: %g\n", surrogate.net_flux_max());
+  Surrogate::Snapshot lost = first;
+  lost.latent = at::full_like(first.latent, NAN);
+  surrogate.restore(lost);
+  refused("lost state", [&] { surrogate.flux(); });
   surrogate.restore(first);
   surrogate.step(4);
   equal("token used again", surrogate.fields() == one_by_one);

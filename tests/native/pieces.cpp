@@ -11,8 +11,18 @@ std::string text;
 
 extern "C" {
 
-void keep_sum(double* values, const std::uint8_t* solid, std::int64_t num_cells, double sum, double load) {
-  latentphys::keep_sum(values, {solid, solid + num_cells}, sum, load);
+const char* keep_sum(double* values, const std::uint8_t* solid, std::int64_t num_cells, double sum, double load) {
+  text.clear();
+  try {
+    latentphys::keep_sum(values, {solid, solid + num_cells}, sum, load);
+  } catch (const std::runtime_error& error) {
+    text = error.what();
+  }
+  return text.c_str();
+}
+
+double sum_of(const double* values, const std::uint8_t* solid, std::int64_t num_cells) {
+  return latentphys::sum_of(values, {solid, solid + num_cells});
 }
 
 // One line per array: name, dtype, shape, and the sum of its numbers.
@@ -32,7 +42,7 @@ const char* describe_safetensors(const char* path) {
       out << " = " << sum << '\n';
     }
     text = out.str();
-  } catch (const std::exception& error) {
+  } catch (const std::runtime_error& error) {
     text = error.what();
   }
   return text.c_str();
@@ -46,7 +56,7 @@ const char* describe_artefact(const char* path) {
     for (const latentphys::Field& f : contract.fields) out << ' ' << f.name << ' ' << f.unit << ' ' << f.num_channels;
     for (const latentphys::Parameter& p : contract.parameters) out << ' ' << p.name << ' ' << p.size;
     text = out.str();
-  } catch (const std::exception& error) {
+  } catch (const std::runtime_error& error) {
     text = error.what();
   }
   return text.c_str();

@@ -25,7 +25,7 @@ from latentphys.surrogate.contract import Contract
 from latentphys.surrogate.export.finish import finish
 from latentphys.surrogate.export.folder import ARRAYS, check
 from latentphys.surrogate.export.functions import NAMES
-from latentphys.surrogate.export.vectors import Functions, differences, flat
+from latentphys.surrogate.export.vectors import Functions, differences, flat, said
 from latentphys.surrogate.export.writing import FORMATS
 from latentphys.transformer.conditioning import Conditioning
 
@@ -54,9 +54,9 @@ def open_artefact(path: str | Path, device: torch.device | str = "cpu") -> Artef
         arrays = load_file(folder / ARRAYS, device=str(device))
         functions = FORMATS[about["format"]].load(folder, NAMES, device)
     except (RuntimeError, SafetensorError) as error:
-        said = " ".join(str(error).split())[:300]
+        why = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"Expected functions that this machine can load, got {folder} and {said}; export it again here."
+            f"Expected functions that this machine can load, got {folder} and {why}; export it again here."
         ) from error
     artefact = Artefact(about, arrays, functions, device)
     artefact.self_test(folder)
@@ -111,12 +111,11 @@ class Artefact:
     def stepper(self, geometry: Geometry, family: str) -> ArtefactStepper:
         """See `ArtefactStepper`; ValueError for another geometry or family."""
         self.contract(family)
-        grid = self._contract.grid
         if geometry.batch_shape or geometry.inflow:
             what = "a batch of geometries" if geometry.batch_shape else "a prescribed inflow"
             raise ValueError(f"Expected the one geometry this artefact was exported for, got {what}.")
-        if geometry.grid != grid:
-            raise ValueError(f"Expected the grid this artefact was exported for, {grid}, got {geometry.grid}.")
+        if lines := self._contract.box_mismatches(geometry.grid):
+            raise ValueError(f"Expected the grid this artefact was exported for, got another: {' '.join(lines)}")
         if not torch.equal(geometry.fluid.cpu(), self.geometry.fluid):
             different = int((geometry.fluid.cpu() != self.geometry.fluid).sum())
             raise ValueError(
@@ -131,15 +130,16 @@ class Artefact:
         Raises:
             ValueError: what is off, and by how much.
         """
-        for name, got in differences(self.functions, self.arrays, self.scale).items():
+        results = said(self.functions, self.arrays)
+        for name, got in differences(results, self.arrays, self.scale).items():
             tolerance = self.about["tolerances"][name]
             if not got <= tolerance:
                 raise ValueError(
                     f"Expected {name} of {folder} within {tolerance:.1e} of what the model said, got {got:.1e}; export "
                     "it again on this machine."
                 )
-        decoded = self.functions["decode"](self.arrays["test.latent"])
-        finished = finish(decoded, self.geometry, self.scale)
+        totals = self.scale.totals(self.arrays["test.fields"], self.geometry)
+        finished = finish(results["decode"], self.geometry, self.scale, totals)
         for name, x in self.scale.split(finished).items():
             if self.scale[name].spec.constraint != "solenoidal":
                 continue

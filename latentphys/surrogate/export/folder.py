@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from latentphys.fields import FieldSpec
 from latentphys.grid import Grid
 from latentphys.training.durable import write_json
+from latentphys.training.manifest import digest, own_digest
 
 SCHEMA = "latentphys.artefact/1"
 ABOUT, FLAT, ARRAYS = "artefact.json", "artefact.txt", "arrays.safetensors"
@@ -19,9 +19,9 @@ _REMEDY = "export it again, or copy it again from where it came"
 
 def seal(folder: Path, about: Mapping[str, Any]) -> None:
     """Write artefact.json, the last file: what `about` says, and the SHA-256 of every other file."""
-    files = {file.name: _digest(file) for file in sorted(folder.iterdir()) if file.name != ABOUT}
+    files = {file.name: digest(file) for file in sorted(folder.iterdir()) if file.name != ABOUT}
     data = json.loads(json.dumps({"schema": SCHEMA, **about, "files": files}))
-    write_json(folder / ABOUT, {**data, "sha256": _own_digest(data)})
+    write_json(folder / ABOUT, {**data, "sha256": own_digest(data)})
 
 
 def check(folder: Path) -> dict[str, Any]:
@@ -31,12 +31,12 @@ def check(folder: Path) -> dict[str, Any]:
         ValueError: no artefact, one of another schema, or the first file that is missing or changed.
     """
     about = read(folder)
-    own = _own_digest({key: value for key, value in about.items() if key != "sha256"})
+    own = own_digest({key: value for key, value in about.items() if key != "sha256"})
     if about.get("sha256") != own or not isinstance(about.get("files"), dict):
         raise ValueError(f"Expected SHA-256 {about.get('sha256')} of what {folder / ABOUT} says, got {own}; {_REMEDY}.")
     for name, expected in about["files"].items():
         try:
-            got = _digest(folder / name)
+            got = digest(folder / name)
         except OSError:
             raise ValueError(f"Expected {folder / name}, got no readable file; {_REMEDY}.") from None
         if got != expected:
@@ -93,13 +93,3 @@ def write_flat(folder: Path, about: Mapping[str, Any], grid: Grid, specs: Mappin
 
 def _word(unit: str | None) -> str:
     return (unit or "-").replace(" ", "*")
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _own_digest(data: Mapping[str, Any]) -> str:
-    text = json.dumps(data, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()

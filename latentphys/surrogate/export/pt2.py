@@ -6,15 +6,16 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 FILE = "model.pt2"
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
 Progress = Callable[[str], None]
 
 
@@ -35,7 +36,7 @@ def write(
     from torch._inductor.package import package_aoti
 
     files: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as cache, patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache):
+    with _own_cache():
         for name, module in modules.items():
             progress(f"compile {name}")
             with warnings.catch_warnings(), torch.no_grad():
@@ -45,6 +46,19 @@ def write(
                 files[name] = aot_compile(program.module(), examples[name], options=options)
         progress("package")
         package_aoti(str(folder / FILE), files)
+
+
+@contextmanager
+def _own_cache() -> Iterator[None]:
+    """A folder for what the compiler writes, and nobody else's work in it."""
+    before = os.environ.get(CACHE)
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ[CACHE] = cache
+        try:
+            yield
+        finally:
+            os.environ.pop(CACHE)
+            os.environ.update({} if before is None else {CACHE: before})
 
 
 def load(folder: Path, names: tuple[str, ...], device: torch.device) -> dict[str, Callable[..., Tensor]]:

@@ -65,21 +65,27 @@ def expected(vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def differences(functions: Functions, vectors: Mapping[str, Tensor], scale: FamilyScale) -> dict[str, float]:
-    """By function, how far it is from what it is to say: largest |difference| over largest |value|.
+def said(functions: Functions, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What each function says."""
+    return {name: functions[name](*given) for name, given in inputs(vectors).items()}
 
-    Of a decode, that of the field that is furthest. Infinite where dtype or shape are others, or values not finite.
+
+def differences(got: Mapping[str, Tensor], vectors: Mapping[str, Tensor], scale: FamilyScale) -> dict[str, float]:
+    """By function, how far what it says is from what it is to say; of a decode, that of the field that is furthest."""
+    fields = list(scale.channels.values())
+    return {
+        name: difference(got[name], want, fields if name == "decode" else [slice(None)])
+        for name, want in expected(vectors).items()
+    }
+
+
+def difference(got: Tensor, want: Tensor, parts: Sequence[slice]) -> float:
+    """Largest |difference| over largest |value|, of the worst of some parts of the channels.
+
+    Infinite where dtype or shape are others, or values not finite.
     """
-    wanted, measured = expected(vectors), {}
-    for name, given in inputs(vectors).items():
-        got, want = functions[name](*given), wanted[name]
-        if got.dtype != want.dtype or got.shape != want.shape or not bool(torch.isfinite(got).all()):
-            measured[name] = float("inf")
-            continue
-        parts = list(scale.channels.values()) if name == "decode" else [slice(None)]
-        measured[name] = max(float(_difference(got[:, part], want[:, part])) for part in parts)
-    return measured
-
-
-def _difference(got: Tensor, want: Tensor) -> Tensor:
-    return (got - want).abs().amax().double() / want.abs().amax().double().clamp(min=torch.finfo(torch.float64).tiny)
+    if got.dtype != want.dtype or got.shape != want.shape or not bool(torch.isfinite(got).all()):
+        return float("inf")
+    smallest = torch.finfo(torch.float64).tiny
+    pairs = [(got[:, part].double(), want[:, part].double()) for part in parts]
+    return max(float((a - b).abs().amax() / b.abs().amax().clamp(min=smallest)) for a, b in pairs)

@@ -13,14 +13,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from latentphys.autoencoders.scalar_heads import HEADROOM
+from latentphys.autoencoders.scalar_heads import usual_load
 from latentphys.fields import State
 from latentphys.rollout import LatentStepper
+from latentphys.surrogate.exchange import same_geometry
 from latentphys.surrogate.export import onnx, pt2, torchscript
 from latentphys.surrogate.export.finish import finish
 from latentphys.surrogate.export.folder import ABOUT, ARRAYS, seal, write_flat
 from latentphys.surrogate.export.functions import NAMES, functions
-from latentphys.surrogate.export.vectors import differences, expected, inputs, make
+from latentphys.surrogate.export.vectors import difference, differences, expected, inputs, make, said
 from latentphys.surrogate.models import Models
 from latentphys.training.durable import partial_of, put
 from latentphys.training.provenance import environment
@@ -60,8 +61,8 @@ def export(
         progress: called with what is being done.
 
     Raises:
-        ValueError: models, states or a format that cannot be exported, a folder that is there, or a graph that does not
-            say what the model says.
+        ValueError: models, states or a format that cannot be exported, states that do not go together, a folder that is
+            there, or a graph that does not say what the model says.
     """
     out = Path(out)
     if to not in get_args(Format):
@@ -70,7 +71,7 @@ def export(
         remedy = "choose another path" if overwrite else "pass overwrite (--overwrite) to replace it, or another path"
         kind = "what is no artefact" if overwrite else "one that exists"
         raise ValueError(f"Expected a new folder, got {kind}: {out}; {remedy}.")
-    first = states[0]
+    first = _checked(states, then)
     family, geometry = first.family, first.geometry
     if family is None:
         raise ValueError("Expected states of a family to export, got one without.")
@@ -87,14 +88,23 @@ def export(
     vectors = make(stepper, states, then or [state.parameters for state in states], quantities)
     with torch.no_grad():
         vectors["test.decoded"] = modules["decode"](vectors["test.latent"])
-    vectors["test.finished"] = finish(vectors["test.decoded"], geometry, stepper.scale)
+    totals = stepper.totals(vectors["test.fields"])
+    vectors["test.finished"] = stepper.decode(vectors["test.latent"], totals)
+    finished = finish(vectors["test.decoded"], geometry, stepper.scale, totals)
+    off = difference(finished, vectors["test.finished"], list(stepper.scale.channels.values()))
+    if off > LARGEST_DIFFERENCE:
+        raise ValueError(
+            f"Expected a finished decode within {LARGEST_DIFFERENCE:g} of the model's, got {off:.1e}; this model "
+            "cannot be exported."
+        )
     temporary = partial_of(out)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         FORMATS[to].write(modules, inputs(vectors), temporary, progress)
         progress("compare with the models")
-        measured = differences(FORMATS[to].load(temporary, NAMES, stepper.device), vectors, stepper.scale)
+        results = said(FORMATS[to].load(temporary, NAMES, stepper.device), vectors)
+        measured = differences(results, vectors, stepper.scale)
         if max(measured.values()) > LARGEST_DIFFERENCE:
             raise ValueError(
                 f"Expected exported functions within {LARGEST_DIFFERENCE:g} of the models, got {measured}; choose "
@@ -128,10 +138,28 @@ def export(
     return out
 
 
+def _checked(states: Sequence[State], then: Sequence[Mapping[str, Any]] | None) -> State:
+    """The first of states that go together."""
+    if not states:
+        raise ValueError("Expected at least one state to export with, got none.")
+    first, names = states[0], sorted(states[0].parameters)
+    for state in states:
+        if state.family != first.family or sorted(state.parameters) != names:
+            raise ValueError(
+                f"Expected states of one family and parameters, {first.family!r} and {names}, got {state.family!r} and "
+                f"{sorted(state.parameters)}."
+            )
+        if not same_geometry(state.geometry, first.geometry):
+            raise ValueError("Expected states in one geometry, got several; export an artefact for each.")
+    if then is not None and len(then) != len(states):
+        raise ValueError(f"Expected parameters Δt later of each of {len(states)} states, got {len(then)}.")
+    return first
+
+
 def _loads(stepper: LatentStepper) -> dict[str, float]:
-    """Of each conserved scalar, what Σ|value| is taken for where it is less: it sets the quantum of `ConservedHead`."""
+    """`usual_load` of each conserved scalar."""
     return {
-        name: stepper.geometry.grid.num_cells * (float(field.profile.abs().amax()) + HEADROOM * field.size)
+        name: usual_load(field, stepper.geometry.grid)
         for name, field in stepper.scale.fields.items()
         if field.spec.constraint == "conserved"
     }

@@ -46,7 +46,9 @@ struct Contract {
 // The lines `key value value …` of artefact.txt.
 class Facts {
  public:
-  // Throws std::runtime_error where there is no such file.
+  static constexpr const char* schema = "latentphys.artefact/1";
+
+  // Throws std::runtime_error where there is no such file, or one of another schema.
   explicit Facts(const std::string& path) : path_(path) {
     std::ifstream file(path);
     if (!file) throw std::runtime_error("Expected an exported model with " + path + ", got none; export one first.");
@@ -54,6 +56,9 @@ class Facts {
       std::istringstream words(line);
       if (words >> key) std::getline(words >> std::ws, values_[key]);
     }
+    if (text("schema") != schema)
+      throw std::runtime_error(std::string("Expected an exported model of schema ") + schema + ", got " +
+                               text("schema") + " in " + path + "; export it again with this version.");
   }
 
   bool has(const std::string& key) const { return values_.count(key) > 0; }
@@ -92,6 +97,10 @@ class Facts {
     for (int n = 0; n < count("fields"); ++n) {
       Field f;
       read("fields." + std::to_string(n), f.name, f.kind, f.constraint, f.unit, f.first_channel, f.num_channels);
+      const int num_components = f.kind == "scalar" ? 1 : 3;
+      if (f.first_channel != contract.num_channels() || f.num_channels != num_components)
+        throw std::runtime_error("Expected the channels of '" + f.name + "' behind those before it, " +
+                                 std::to_string(num_components) + " of them, got others; export it again.");
       contract.fields.push_back(f);
     }
     for (int n = 0; n < count("parameters"); ++n) {

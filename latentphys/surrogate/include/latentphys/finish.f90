@@ -111,20 +111,24 @@ contains
     integer, intent(out), optional :: num_iterations, status
     integer(c_int) :: failed, iterations
 
-    if (c_associated(self%handle) .and. any(shape(flux) /= self%extent)) error stop other_shape
+    if (present(num_iterations)) num_iterations = 0
+    if (c_associated(self%handle) .and. any(shape(flux) /= self%extent)) then
+      call self%report(.true., status, other_shape)
+      return
+    end if
     iterations = 0
     failed = conserve_c(self%handle, flux, iterations)
     if (present(num_iterations)) num_iterations = iterations
     call self%report(failed /= 0, status)
   end subroutine conserve
 
-  ! Largest |net flux| of a cell [m³/s].
+  ! Largest |net flux| of a cell [m³/s]; NaN where there is one, or before create. Another shape stops the program.
   function net_flux_max(self, flux) result(largest)
     class(finish), intent(in) :: self
     real(c_double), contiguous, intent(in) :: flux(:, :, :, :)
     real(c_double) :: largest
 
-    if (any(shape(flux) /= self%extent)) error stop other_shape
+    if (c_associated(self%handle) .and. any(shape(flux) /= self%extent)) error stop other_shape
     largest = net_flux_max_c(self%handle, flux)
   end function net_flux_max
 
@@ -136,26 +140,38 @@ contains
     self%extent = 0
   end subroutine destroy
 
-  subroutine report(self, failed, status)
+  ! reason: why it failed; by default what the C interface says of its last call.
+  subroutine report(self, failed, status, reason)
     class(finish), intent(inout) :: self
     logical, intent(in) :: failed
     integer, intent(out), optional :: status
-    character(kind=c_char), pointer :: letters(:)
+    character(*), intent(in), optional :: reason
     character(:), allocatable :: text
-    type(c_ptr) :: address
-    integer :: i
 
     if (present(status)) status = merge(1, 0, failed)
     if (allocated(self%error)) deallocate (self%error)
     if (.not. failed) return
+    if (present(reason)) then
+      text = reason
+    else
+      text = last_error()
+    end if
+    if (.not. present(status)) error stop text
+    self%error = text
+  end subroutine report
+
+  function last_error() result(text)
+    character(:), allocatable :: text
+    character(kind=c_char), pointer :: letters(:)
+    type(c_ptr) :: address
+    integer :: i
+
     address = error_c()
     call c_f_pointer(address, letters, [strlen(address)])
     allocate (character(size(letters)) :: text)
     do i = 1, size(letters)
       text(i:i) = letters(i)
     end do
-    if (.not. present(status)) error stop text
-    self%error = text
-  end subroutine report
+  end function last_error
 
 end module latentphys_finish

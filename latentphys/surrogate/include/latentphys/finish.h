@@ -2,7 +2,7 @@
  *
  * Arrays are in C order: a flux is (3, nx, ny, nz) [m³/s] through the low faces, solid (nx, ny, nz). In Fortran they
  * are flux(nz, ny, nx, 3) and solid(nz, ny, nx). Functions that return int return 0, or 1 where latentphys_error says
- * why.
+ * why; so does NULL where this does not say that it may be.
  */
 #ifndef LATENTPHYS_FINISH_H
 #define LATENTPHYS_FINISH_H
@@ -29,7 +29,7 @@ int latentphys_finish_set(latentphys_finish* finish, double tolerance, int max_i
  * as it was. */
 int latentphys_finish_conserve(latentphys_finish* finish, double* flux, int* num_iterations);
 
-/* Largest |net flux| of a cell [m³/s]; NaN where there is one, or no finish. */
+/* Largest |net flux| of a cell [m³/s]; NaN where there is one, or no finish or flux. */
 double latentphys_finish_net_flux_max(const latentphys_finish* finish, const double* flux);
 
 /* What the last call that failed in this thread expected and got. */

@@ -38,8 +38,6 @@ class Finish {
   explicit Finish(const Grid& grid, const std::uint8_t* solid = nullptr) : space_(grid, solid), pressure_(space_) {
     grow_tree();
   }
-  Finish(const Finish&) = delete;  // pressure_ refers to space_
-  Finish& operator=(const Finish&) = delete;
 
   // Throws std::runtime_error for a tolerance outside 0…1 or a bound below 1.
   void set(const FinishSettings& settings) {

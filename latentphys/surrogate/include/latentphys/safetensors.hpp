@@ -9,6 +9,7 @@
 #include <cstring>
 #include <fstream>
 #include <iterator>
+#include <limits>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -26,9 +27,9 @@ struct Array {
   std::vector<T> as() const {
     const char* wanted = sizeof(T) == 8 ? "F64" : sizeof(T) == 4 ? "F32" : "U8";
     if (dtype != wanted)
-      throw std::runtime_error(std::string("Expected an array of ") + wanted + ", got " + dtype + ".");
+      throw std::runtime_error(std::string("Expected an array of ") + wanted + ", got " + dtype + "; export it again.");
     std::vector<T> values(bytes.size() / sizeof(T));
-    std::memcpy(values.data(), bytes.data(), bytes.size());
+    if (!values.empty()) std::memcpy(values.data(), bytes.data(), bytes.size());
     return values;
   }
 };
@@ -87,7 +88,7 @@ class SafetensorsHeader {
       if (!out.empty()) take(',');
       if (!std::isdigit(static_cast<unsigned char>(peek()))) fail();
       std::size_t length = 0;
-      out.push_back(std::stoll(text_.substr(at_, 20), &length));
+      out.push_back(std::stoll(text_.substr(at_, max_digits), &length));
       at_ += length;
     }
     take(']');
@@ -107,9 +108,20 @@ class SafetensorsHeader {
     throw std::runtime_error("Expected the header of a safetensors file, got other text.");
   }
 
+  static constexpr std::size_t max_digits = 18;  // a longer number is beyond any file, and 64 bits
   const std::string& text_;
   std::size_t at_ = 0;
 };
+
+// Bytes of an array; −1 where 64 bits do not hold their number.
+inline std::int64_t num_bytes(const SafetensorsHeader::Entry& entry) {
+  std::int64_t size = entry.dtype == "F64" ? 8 : entry.dtype == "F32" ? 4 : 1;
+  for (const std::int64_t n : entry.shape) {
+    if (n > 0 && size > std::numeric_limits<std::int64_t>::max() / n) return -1;
+    size *= n;
+  }
+  return size;
+}
 
 // Every array of a file by its name. Throws std::runtime_error for a file that is missing, cut short or no safetensors.
 inline std::map<std::string, Array> read_safetensors(const std::string& path) {
@@ -124,9 +136,8 @@ inline std::map<std::string, Array> read_safetensors(const std::string& path) {
   const std::size_t begin = 8 + length, end = data.size();
   std::map<std::string, Array> arrays;
   for (const auto& [name, entry] : SafetensorsHeader(text).entries) {
-    std::int64_t size = entry.dtype == "F64" ? 8 : entry.dtype == "F32" ? 4 : 1;
-    for (const std::int64_t n : entry.shape) size *= n;
-    if (entry.offsets.size() != 2 || entry.offsets[0] < 0 || entry.offsets[1] - entry.offsets[0] != size ||
+    const std::int64_t size = num_bytes(entry);
+    if (size < 0 || entry.offsets.size() != 2 || entry.offsets[1] - entry.offsets[0] != size ||
         static_cast<std::uint64_t>(entry.offsets[1]) > end - begin)
       throw std::runtime_error("Expected the whole array '" + name + "' in " + path + ", got less; export it again.");
     const auto from = data.begin() + static_cast<std::ptrdiff_t>(begin) + entry.offsets[0];

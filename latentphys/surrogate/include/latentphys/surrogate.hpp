@@ -39,11 +39,12 @@ class Surrogate {
     at::Tensor latent;
     double time = 0;
     Parameters parameters;
-    std::vector<double> sums;  // of each channel over the cells: what conserved scalars keep
+    std::vector<double> sums;  // of each channel over the fluid cells: what conserved scalars keep
   };
 
   // folder: what `latentphys export … --to pt2` wrote, of a batch of one.
-  // Throws std::runtime_error where it is not whole, or does not compute what it did when it was exported.
+  // Throws std::runtime_error where it is not whole, has fluxes that are not solenoidal, or does not compute what it did
+  // when it was exported.
   explicit Surrogate(const std::string& folder, const FinishSettings& settings = {})
       : facts_(folder + "/artefact.txt"),
         arrays_(read_safetensors(folder + "/arrays.safetensors")),
@@ -54,6 +55,10 @@ class Surrogate {
     if (facts_.text("batch") != "1")
       throw std::runtime_error("Expected a model exported for a batch of 1, got one of " + facts_.text("batch") +
                                "; export it again without --batch.");
+    for (const Field& field : contract_.fields)
+      if (field.kind == "flux" && field.constraint != "solenoidal")
+        throw std::runtime_error("Expected fluxes that are solenoidal, got '" + field.name + "' of the constraint '" +
+                                 field.constraint + "'; step this artefact in Python.");
     solid_ = array("solid").as<std::uint8_t>();
     if (solid_.size() != static_cast<std::size_t>(contract_.grid.num_cells()))
       throw std::runtime_error("Expected solid voxels for every cell, got another number; export it again.");
@@ -66,6 +71,8 @@ class Surrogate {
       functions_[name] = std::make_unique<torch::inductor::AOTIModelPackageLoader>(path, name);
     device_ = c10::Device(facts_.text("device"));
     check_self();
+    for (const char* name : {"test.then", "test.latent", "test.next", "test.decoded", "test.finished"})
+      arrays_.erase(name);
   }
 
   const Contract& contract() const { return contract_; }
@@ -156,8 +163,17 @@ class Surrogate {
     throw std::runtime_error("Expected a model with a solenoidal flux, got " + contract_.family + " without one.");
   }
 
-  at::Tensor tensor(const std::vector<double>& values, const std::vector<std::int64_t>& shape) const {
-    return at::from_blob(const_cast<double*>(values.data()), shape, at::kDouble).clone().to(device_);
+  std::vector<std::int64_t> latent_shape() const {
+    std::vector<std::int64_t> n{1, 0, 0, 0, 0};
+    facts_.read("latent.shape", n[1], n[2], n[3], n[4]);
+    return n;
+  }
+  std::vector<std::int64_t> parameter_shape() const { return {1, contract_.num_numbers()}; }
+
+  template <typename T>
+  at::Tensor tensor(const std::vector<T>& values, const std::vector<std::int64_t>& shape) const {
+    constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
+    return at::from_blob(const_cast<T*>(values.data()), shape, dtype).clone().to(device_);
   }
 
   // The parameters one after another, as the model takes them.
@@ -179,7 +195,7 @@ class Surrogate {
       if (std::none_of(contract_.parameters.begin(), contract_.parameters.end(),
                        [&](const Parameter& known) { return known.name == given.first; }))
         throw std::runtime_error("Expected parameters that the model knows, got '" + given.first + "'.");
-    return tensor(values, {1, contract_.num_numbers()});
+    return tensor(values, parameter_shape());
   }
 
   at::Tensor run(const std::string& name, const std::vector<at::Tensor>& inputs) {
@@ -190,14 +206,24 @@ class Surrogate {
   std::vector<double> sums_of(const std::vector<double>& fields) const {
     std::vector<double> sums;
     for (int c = 0; c < contract_.num_channels(); ++c)
-      sums.push_back(sum_of(fields.data() + c * num_cells(), num_cells()));
+      sums.push_back(sum_of(fields.data() + c * num_cells(), solid_));
     return sums;
   }
 
   // What a decode said, with the constraints of every field to the last bit.
+  // Throws std::runtime_error for another number of values, and for NaN and infinity.
   std::vector<double> finished(const at::Tensor& decoded, const std::vector<double>& sums) {
     const at::Tensor said = decoded.cpu().contiguous();
-    std::vector<double> fields(said.const_data_ptr<double>(), said.const_data_ptr<double>() + num_values());
+    if (said.scalar_type() != at::kDouble || static_cast<std::size_t>(said.numel()) != num_values())
+      throw std::runtime_error("Expected " + std::to_string(num_values()) + " FP64 values from 'decode', got " +
+                               std::to_string(said.numel()) + " of " + c10::toString(said.scalar_type()) +
+                               "; export it again.");
+    const double* values_said = said.const_data_ptr<double>();
+    std::vector<double> fields(values_said, values_said + num_values());
+    if (!std::all_of(fields.begin(), fields.end(), [](double value) { return std::isfinite(value); }))
+      throw std::runtime_error(
+          "Expected finite fields from 'decode', got NaN or infinity; restore a snapshot, or init with a solver's "
+          "flow.");
     for (std::size_t n = 0; n < contract_.fields.size(); ++n) {
       const Field& field = contract_.fields[n];
       double* values = fields.data() + field.first_channel * num_cells();
@@ -210,22 +236,31 @@ class Surrogate {
     return fields;
   }
 
-  at::Tensor stored(const std::string& name) const {
+  template <typename T>
+  at::Tensor stored(const std::string& name, const std::vector<std::int64_t>& shape) const {
     const Array& values = array(name);
-    const auto dtype = values.dtype == "F64" ? at::kDouble : at::kFloat;
-    return at::from_blob(const_cast<char*>(values.bytes.data()), values.shape, dtype).clone().to(device_);
+    if (values.shape != shape)
+      throw std::runtime_error("Expected '" + name + "' of the shape that artefact.txt tells, got another; export it " +
+                               "again.");
+    return tensor(values.as<T>(), shape);
   }
 
   void check_self() {
-    const at::Tensor latent = stored("test.latent"), decoded = run("decode", {latent});
-    compare("encode", run("encode", {stored("test.fields")}), latent);
-    compare("step", run("step", {latent, stored("test.now"), stored("test.then")}), stored("test.next"));
+    const auto fields_of = [this](const char* name) { return stored<double>(name, field_shape()); };
+    const auto latent_of = [this](const char* name) { return stored<float>(name, latent_shape()); };
+    const at::Tensor start = fields_of("test.fields"), latent = latent_of("test.latent");
+    const at::Tensor now = stored<double>("test.now", parameter_shape());
+    const at::Tensor then = stored<double>("test.then", parameter_shape());
+    const at::Tensor exact = fields_of("test.finished"), before = fields_of("test.decoded");
+    const at::Tensor decoded = run("decode", {latent});
+    compare("encode", run("encode", {start}), latent);
+    compare("step", run("step", {latent, now, then}), latent_of("test.next"));
     const std::vector<double> fields = finished(decoded, sums_of(array("test.fields").as<double>()));
     const at::Tensor result = tensor(fields, field_shape());
     for (const Field& field : contract_.fields) {
       const auto channels = [&](const at::Tensor& of) { return of.narrow(1, field.first_channel, field.num_channels); };
-      compare("decode", channels(decoded), channels(stored("test.decoded")));
-      compare("decode", channels(result), channels(stored("test.finished")), finish_margin);
+      compare("decode", channels(decoded), channels(before));
+      compare("decode", channels(result), channels(exact), finish_margin);
       if (field.constraint == "solenoidal" &&
           finish_->net_flux_max(fields.data() + field.first_channel * num_cells()) != 0)
         throw std::runtime_error("Expected a net flux of 0.0 in every cell, got another; compile without -ffast-math.");
