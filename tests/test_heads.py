@@ -33,7 +33,7 @@ from latentphys.grid import Geometry, Grid
 from latentphys.hodge import edge_laplacian_power, energy_product, vector_potential
 from latentphys.inflow import through_sides
 from latentphys.projection import project
-from latentphys.training.models import _check_classes, build
+from latentphys.training.models import check_classes, build
 
 SOLENOIDAL: dict[str, type[SolenoidalHead]] = {
     "projection": ProjectionHead,
@@ -528,7 +528,7 @@ def test_every_solenoidal_head_has_a_configuration(model: str) -> None:
     for name, head in SOLENOIDAL.items():
         config = compose("train", ["stores=[a]", "run=a", f"autoencoder={model}", f"autoencoder/head={name}"])
         heads = build(config["autoencoder"]["heads"])
-        _check_classes(config["autoencoder"]["heads"], FOLDER)
+        check_classes(config["autoencoder"]["heads"], FOLDER)
         assert type(heads) is Heads and type(heads.solenoidal) is head and heads.solenoidal.tol == 1e-2
 
 
