@@ -12,8 +12,8 @@ in turns so that what else the machine does meets all alike.
 truth is the store: the solver at full resolution, where the models were trained. Contestants, all on the same cores:
 
     surrogate   encode, n steps, one exact decode, in each of the forms above
-    solver_1    the solver again from the recorded FP64 frame, fused by `torch.compile`: not 0, for turbulence
-                amplifies the rounding of the restart
+    solver_1    the solver again from the recorded FP64 frame, fused by `torch.compile`: not 0, for its Δt is its own,
+                where the store's was that of a batch
     solver_f    the flux restricted to cells f times as wide, the solver there, then prolonged, masked and projected
                 back, the strong baseline
     persistence the first state

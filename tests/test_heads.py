@@ -33,7 +33,7 @@ from latentphys.grid import Geometry, Grid
 from latentphys.hodge import edge_laplacian_power, energy_product, vector_potential
 from latentphys.inflow import through_sides
 from latentphys.projection import project
-from latentphys.training.models import check_classes, build
+from latentphys.training.models import build, check_classes
 
 SOLENOIDAL: dict[str, type[SolenoidalHead]] = {
     "projection": ProjectionHead,
