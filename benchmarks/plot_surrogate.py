@@ -36,13 +36,12 @@ def draw(lines: Sequence[Line], path: Path) -> None:
         raise ValueError("Expected results of the part `pareto`, got none; run bench_surrogate.py.")
     with rc_context({"font.size": 9, "font.family": "sans-serif", "axes.linewidth": 0.6}):
         figure = Figure(figsize=(2.7 * len(horizons) + 1.2, 2.5 * len(families) + 0.6), layout="constrained")
-        grid = figure.subplots(len(families), len(horizons), squeeze=False, sharex=True, sharey="row")
+        grid = figure.subplots(len(families), len(horizons), squeeze=False, sharex=True)
         for row, family in zip(grid, families, strict=True):
             for axes, n in zip(row, horizons, strict=True):
                 _panel(axes, [x for x in lines if x["family"] == family and x["intervals"] == n])
                 axes.set_title(f"{family.replace('_', ' ')}, {n} interval{'s' * (n > 1)}", fontsize=9, loc="left")
-            top = max(x["vrmse_high"] for x in lines if x["family"] == family and x["intervals"] in horizons)
-            row[0].set(ylabel="VRMSE", ylim=(-0.03 * top, 1.08 * top))
+            row[0].set_ylabel("VRMSE")
         handles, labels = grid[0, -1].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
         figure.supxlabel("time from the first state to the last [s]", fontsize=9)
@@ -54,7 +53,7 @@ def draw(lines: Sequence[Line], path: Path) -> None:
 def _panel(axes: Any, lines: Sequence[Line]) -> None:
     at = {line["contestant"]: line for line in lines}
     axes.set_xscale("log")
-    axes.margins(x=0.12)
+    axes.margins(x=0.15)
     solver = sorted((int(name.removeprefix("solver_")), at[name]) for name in at if name.startswith("solver_"))
     spread = [[line["vrmse"] - line["vrmse_low"], line["vrmse_high"] - line["vrmse"]] for _, line in solver]
     axes.errorbar(
@@ -79,6 +78,8 @@ def _panel(axes: Any, lines: Sequence[Line]) -> None:
             axes.errorbar(
                 [x], [y], yerr=[[low], [high]], color=SURROGATE, marker=marker, label=f"surrogate, {name}", **style
             )
+    top = max(line["vrmse_high"] for line in lines)
+    axes.set_ylim(-0.03 * top, 1.08 * top)
     axes.axhline(at["persistence"]["vrmse"], color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), label="persistence")
 
 
