@@ -15,7 +15,7 @@ from latentphys.composition.files import Progress, merge_files
 from latentphys.composition.sources import OWN, Source, fixed_names, open_relatives
 from latentphys.training import manifest
 from latentphys.training.checkpoint import SCHEMA, Checkpoint
-from latentphys.training.durable import partial_of, put
+from latentphys.training.durable import whole_folder
 
 ROLES = ("anchor", "low", "high")
 
@@ -52,10 +52,7 @@ def compose(
         from latentphys.training import pictures
 
         pictures.check()
-    temporary = partial_of(out)
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
+    with whole_folder(out) as temporary:
         about = {"alpha": choice.alpha, "found": choice.to_dict(), **_provenance(found)}
         relation = merge_files(
             found[0].weights(ema=True),
@@ -85,10 +82,6 @@ def compose(
                 "averaged": [],
             },
         )
-        put(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return out
 
 

@@ -126,7 +126,7 @@ def write_time(
         ValueError: a batch of states, one of another box, without a scalar, or that is not exactly conservative; a time
             that is there already; no earlier time, or one without a field that is asked for.
     """
-    from latentphys.training.durable import partial_of, put
+    from latentphys.training.durable import whole_folder
 
     case, at = Path(case), state.time if time is None else time
     state, mesh, times = state.to("cpu"), mesh_of(case), times_of(case)
@@ -150,14 +150,11 @@ def write_time(
         files[name] = cell_file(field_file(source, name), rows, path.name, [*mesh.patches])
     wanted = ("p",) if carry is None else carry
     copies = [field_file(source, name) for name in wanted if name not in files and (carry or has(source, name))]
-    temporary = partial_of(path)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    for name, data in files.items():
-        (temporary / name).write_bytes(data)
-    for copy in copies:
-        shutil.copyfile(copy, temporary / copy.name)
-    put(temporary, path)
+    with whole_folder(path) as temporary:
+        for name, data in files.items():
+            (temporary / name).write_bytes(data)
+        for copy in copies:
+            shutil.copyfile(copy, temporary / copy.name)
     return path
 
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from latentphys.ranks import in_group
 from latentphys.training import manifest, optimizer_state
-from latentphys.training.durable import aside_of, is_disk_full, partial_of, present, put, write_json
+from latentphys.training.durable import aside_of, is_disk_full, present, whole_folder, write_json
 
 __all__ = ["LAST", "SCHEMA", "Checkpoint", "open_checkpoint", "save", "verify", "write_json"]
 
@@ -145,33 +145,29 @@ def save(
         moments = _gather(tensors)
     if in_group() and dist.get_rank() > 0:
         return
-    temporary = partial_of(path)
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        save_file(weights, temporary / "model.safetensors")
-        if average:
-            save_file(weights | average, temporary / "ema.safetensors")
-        if about is not None:
-            save_file(moments, temporary / "optimizer.safetensors")
-            (temporary / "optimizer.json").write_text(json.dumps(about))
-        if parts is not None:
-            parts(temporary)
-        manifest.seal(
-            temporary,
-            {
-                "schema": SCHEMA,
-                "kind": kind,
-                "step": step,
-                "config": dict(config),
-                "extra": dict(extra),
-                "state": dict(state or {}),
-                "averaged": list(ema),
-            },
-        )
-        put(temporary, path)
+        with whole_folder(path) as temporary:
+            save_file(weights, temporary / "model.safetensors")
+            if average:
+                save_file(weights | average, temporary / "ema.safetensors")
+            if about is not None:
+                save_file(moments, temporary / "optimizer.safetensors")
+                (temporary / "optimizer.json").write_text(json.dumps(about))
+            if parts is not None:
+                parts(temporary)
+            manifest.seal(
+                temporary,
+                {
+                    "schema": SCHEMA,
+                    "kind": kind,
+                    "step": step,
+                    "config": dict(config),
+                    "extra": dict(extra),
+                    "state": dict(state or {}),
+                    "averaged": list(ema),
+                },
+            )
     except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         if is_disk_full(error):
             needed = _bytes(weights) * (2 if average else 1) + _bytes(moments)
             free = shutil.disk_usage(path.parent).free

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from latentphys.surrogate.export.folder import ABOUT, ARRAYS, seal, write_flat
 from latentphys.surrogate.export.functions import NAMES, functions
 from latentphys.surrogate.export.vectors import difference, differences, expected, inputs, make, said
 from latentphys.surrogate.models import Models
-from latentphys.training.durable import partial_of, put
+from latentphys.training.durable import whole_folder
 from latentphys.training.provenance import environment
 from latentphys.training.provenance import provenance as origin
 
@@ -97,10 +96,7 @@ def export(
             f"Expected a finished decode within {LARGEST_DIFFERENCE:g} of the model's, got {off:.1e}; this model "
             "cannot be exported."
         )
-    temporary = partial_of(out)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with whole_folder(out) as temporary:
         FORMATS[to].write(modules, inputs(vectors), temporary, progress)
         progress("compare with the models")
         results = said(FORMATS[to].load(temporary, NAMES, stepper.device), vectors)
@@ -131,10 +127,6 @@ def export(
         save_file(_arrays(stepper, vectors), temporary / ARRAYS)
         write_flat(temporary, about, geometry.grid, stepper.scale.specs)
         seal(temporary, about)
-        put(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return out
 
 
